@@ -1,0 +1,1 @@
+"""From the user's data to a space and tensors, and back."""

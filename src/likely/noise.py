@@ -1,0 +1,132 @@
+"""The randomness that models consume, made explicit.
+
+A model never calls the global generator: it draws from the :class:`Noise` that it was handed.  Two kinds exist.
+
+* :class:`StreamNoise` draws from a ``torch.Generator``: fast, used in training.  With ``rows`` it draws for a
+  *global* batch and keeps its own part, so that several processes see the noise that one process would see.
+* :class:`KeyedNoise` gives every example its own stream, a pure function of ``(seed, key of the example)``.  An
+  evaluation that uses it does not depend on batch size, order or neighbours, and the noise of different
+  examples is independent, so that standard errors mean what they say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed 64-bit integer
+_MIX1 = -4658895280553007687  # splitmix64's first multiplier, 0xBF58476D1CE4E5B9
+_MIX2 = -7723592293110705685  # splitmix64's second multiplier, 0x94D049BB133111EB
+
+
+class Noise(Protocol):
+    """Source of standard variates; ``shape[0]`` is always the number of examples."""
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Independent N(0, 1) variates, float32."""
+        ...
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        """Independent variates from the open interval (0, 1), float32."""
+        ...
+
+
+def _logical_shift_right(x: Tensor, n: int) -> Tensor:
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Finaliser of splitmix64 (Steele, Lea & Flood 2014), elementwise on int64 taken modulo 2^64."""
+    x = (x ^ _logical_shift_right(x, 30)) * _MIX1
+    x = (x ^ _logical_shift_right(x, 27)) * _MIX2
+    return x ^ _logical_shift_right(x, 31)
+
+
+def content_keys(*batches: Tensor | None) -> Tensor:
+    """A 64-bit key for every example, a hash of its values: shape ``(batch,)``, int64.
+
+    Equal examples get equal keys, wherever they stand and whatever stands beside them.
+    """
+    total: Tensor | None = None
+    for salt, batch in enumerate(b for b in batches if b is not None):
+        rows = batch.detach().reshape(len(batch), -1)
+        words = torch.nan_to_num(rows.to(torch.float64), nan=-1.2345e300).contiguous().view(torch.int64)
+        place = _mix(torch.arange(1, words.shape[1] + 1, device=words.device) * _GOLDEN + salt)
+        part = _mix(words ^ place).sum(1)
+        total = part if total is None else _mix(total) + part
+    if total is None:
+        raise ValueError("content_keys: expected at least one batch")
+    return _mix(total)
+
+
+class KeyedNoise:
+    """Noise that belongs to the example, not to the batch.
+
+    >>> noise = KeyedNoise(0, torch.tensor([7, 8, 9]))
+    >>> alone = KeyedNoise(0, torch.tensor([8]))
+    >>> torch.equal(noise.normal((3, 2))[1], alone.normal((1, 2))[0])
+    True
+
+    Args:
+        seed: seed of the whole evaluation.
+        keys: int64, shape ``(batch,)``: one key an example (see :func:`content_keys`).
+    """
+
+    def __init__(self, seed: int, keys: Tensor) -> None:
+        self._streams = _mix(_mix(torch.full_like(keys, seed)) + keys * _GOLDEN)
+        self._drawn = 0
+
+    def _words(self, shape: Sequence[int]) -> Tensor:
+        if shape[0] != len(self._streams):
+            raise ValueError(f"shape: expected {len(self._streams)} examples on the first axis, got {tuple(shape)}")
+        per_example = 1
+        for size in shape[1:]:
+            per_example *= size
+        counters = torch.arange(self._drawn + 1, self._drawn + per_example + 1, device=self._streams.device)
+        self._drawn += per_example
+        return _mix(self._streams[:, None] + counters * _GOLDEN).reshape(tuple(shape))
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        """Uniform variates on the 2^23 cell centres of (0, 1), which float32 holds exactly."""
+        return (_logical_shift_right(self._words(shape), 41).float() + 0.5) * 2.0**-23
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal variates by inversion of a 53-bit uniform, float32."""
+        uniform = (_logical_shift_right(self._words(shape), 11).to(torch.float64) + 0.5) * 2.0**-53
+        return torch.special.ndtri(uniform).float()
+
+
+class StreamNoise:
+    """Noise from a ``torch.Generator`` (the default generator of the device when none is given).
+
+    Args:
+        generator: where to draw from.
+        device: device of the variates.
+        rows: ``(start, stop, total)``: this process holds rows ``start:stop`` of a global batch of ``total``; the
+            variates of the whole batch are drawn and the own rows kept.
+    """
+
+    def __init__(
+        self,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+        rows: tuple[int, int, int] | None = None,
+    ) -> None:
+        self._generator, self._device, self._rows = generator, device, rows
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return self._draw(torch.randn, shape)
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        return self._draw(torch.rand, shape).clamp_(min=2.0**-25)  # torch.rand may return 0, which has no logarithm
+
+    def _draw(self, function, shape: Sequence[int]) -> Tensor:  # type: ignore[no-untyped-def]
+        if self._rows is None:
+            return function(*shape, generator=self._generator, device=self._device)
+        start, stop, total = self._rows
+        if shape[0] != stop - start:
+            raise ValueError(f"shape: expected {stop - start} examples on the first axis, got {tuple(shape)}")
+        return function(total, *shape[1:], generator=self._generator, device=self._device)[start:stop]
