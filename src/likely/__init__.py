@@ -1,4 +1,4 @@
-"""Generative models with a likelihood: densities, scores, samples, imputations and embeddings from one trained model."""
+"""Generative models with a likelihood: one trained model gives densities, scores, samples, imputations, embeddings."""
 
 from __future__ import annotations
 

@@ -469,8 +469,7 @@ def noise_or_global(noise: Noise | None, like: Tensor | nn.Module) -> Noise:
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` with the nearest valid name if ``function`` does not take one of the options."""
-    target = function.__init__ if isinstance(function, type) else function
-    names = [n for n, p in inspect.signature(target).parameters.items() if n != "self" and p.kind != p.VAR_KEYWORD]
+    names = [n for n, p in inspect.signature(function).parameters.items() if n != "self" and p.kind != p.VAR_KEYWORD]
     for option in options:
         if option not in names:
             near = difflib.get_close_matches(option, names, n=1, cutoff=0.4)

@@ -130,3 +130,14 @@ class StreamNoise:
         if shape[0] != stop - start:
             raise ValueError(f"shape: expected {stop - start} examples on the first axis, got {tuple(shape)}")
         return function(total, *shape[1:], generator=self._generator, device=self._device)[start:stop]
+
+
+def torch_generator(noise: Noise, n: int) -> torch.Generator:
+    """A ``torch.Generator`` seeded from ``noise``, for laws that no fixed number of variates gives (gamma, Poisson).
+
+    Args:
+        n: number of examples that ``noise`` serves.
+    """
+    words = (noise.uniform((n, 2)).double() * 2.0**23).long()
+    seed = int(_mix(_mix(words[:, 0] * _GOLDEN) + words[:, 1]).sum())
+    return torch.Generator(words.device).manual_seed(seed & ((1 << 63) - 1))

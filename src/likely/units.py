@@ -20,7 +20,7 @@ def bits(nats: Number) -> Number:
     >>> bits(-math.log(2.0))
     -1.0
     """
-    return nats / LN2  # type: ignore[operator]
+    return nats / LN2  # type: ignore[operator, return-value]
 
 
 def nats(bits: Number) -> Number:
@@ -29,7 +29,7 @@ def nats(bits: Number) -> Number:
     >>> round(nats(1.0), 4)
     0.6931
     """
-    return bits * LN2  # type: ignore[operator]
+    return bits * LN2  # type: ignore[operator, return-value]
 
 
 def code_length_bits(log_prob_nats: Number) -> Number:
@@ -38,7 +38,7 @@ def code_length_bits(log_prob_nats: Number) -> Number:
     >>> code_length_bits(math.log(1 / 256))
     8.0
     """
-    return -bits(log_prob_nats)  # type: ignore[operator]
+    return -bits(log_prob_nats)  # type: ignore[operator, return-value]
 
 
 def bits_per_dim(log_prob_nats: Number, dims: int) -> Number:
@@ -51,14 +51,14 @@ def bits_per_dim(log_prob_nats: Number, dims: int) -> Number:
     """
     if dims < 1:
         raise ValueError(f"dims: expected a positive number of dimensions, got {dims}")
-    return code_length_bits(log_prob_nats) / dims  # type: ignore[operator]
+    return code_length_bits(log_prob_nats) / dims  # type: ignore[operator, return-value]
 
 
 def bits_per_byte(log_prob_nats: Number, original_bytes: int) -> Number:
     """Code length of the data divided by the size of its uncompressed form (bits/byte, to be minimised)."""
     if original_bytes < 1:
         raise ValueError(f"original_bytes: expected a positive size, got {original_bytes}")
-    return code_length_bits(log_prob_nats) / original_bytes  # type: ignore[operator]
+    return code_length_bits(log_prob_nats) / original_bytes  # type: ignore[operator, return-value]
 
 
 def perplexity(log_prob_nats: float, tokens: int) -> float:

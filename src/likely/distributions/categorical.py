@@ -1,0 +1,41 @@
+"""Categorical cells."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from likely.distributions.protocol import mix
+from likely.noise import Noise
+
+
+class Categorical:
+    """p(x = i) = softmax(l)_i for codes i = 0 … levels − 1.
+
+    Args:
+        logits: l, shape ``(*lead, *shape, levels)``.
+        trailing: number of axes of one example.
+    """
+
+    def __init__(self, logits: Tensor, trailing: int = 1) -> None:
+        self.log_probs, self.trailing = torch.log_softmax(logits, -1), trailing
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        shape = torch.broadcast_shapes(x.shape, self.log_probs.shape[:-1])
+        codes = x.long().expand(shape).unsqueeze(-1)
+        return self.log_probs.expand(*shape, -1).gather(-1, codes).squeeze(-1)
+
+    def sample(self, noise: Noise) -> Tensor:
+        uniform = noise.uniform(self.log_probs.shape[:-1]).to(self.log_probs)
+        return sample_categories(self.log_probs, uniform).to(self.log_probs.dtype)
+
+    def best(self, weights: Tensor | None = None) -> Tensor:
+        return mix(self.log_probs.exp(), weights, self.trailing + 1).argmax(-1).to(self.log_probs.dtype)
+
+
+def sample_categories(log_probs: Tensor, uniform: Tensor) -> Tensor:
+    """Codes by inversion of the cumulative distribution over the last axis, one uniform variate each (int64)."""
+    cumulative = log_probs.double().exp().cumsum(-1)
+    cumulative = cumulative / cumulative[..., -1:]
+    codes = (uniform.double().unsqueeze(-1) > cumulative).sum(-1)
+    return codes.clamp(max=log_probs.shape[-1] - 1)

@@ -1,0 +1,486 @@
+"""Heads: small modules that turn a decoder's context into a distribution of one example.
+
+A head owns what belongs to the likelihood alone: the output layer, the scale and the location of each numeric
+column, its atoms.  ``initialise`` sets these from one pass over the data, and the output biases so that the
+untrained model already has the data's marginals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from likely.contract import (
+    Batches,
+    Binary,
+    Column,
+    Counts,
+    Integers,
+    Reals,
+    Space,
+    Table,
+    Tokens,
+    Unsupported,
+    check_options,
+)
+from likely.distributions.bernoulli import Bernoulli
+from likely.distributions.categorical import Categorical
+from likely.distributions.counts import Multinomial, NegativeBinomial
+from likely.distributions.logistic import DiscretizedLogisticMixture, GridLogisticMixture
+from likely.distributions.normal import Normal, StudentT
+from likely.distributions.protocol import Distribution
+from likely.networks.mlp import full_precision, glorot
+from likely.noise import Noise
+
+
+class Head(nn.Module):
+    """``forward(context) -> Distribution`` over one example of ``space``.
+
+    Args:
+        space: the space of the examples.
+        context_shape: shape of one context: ``(features,)``, or ``(features, height, width)`` to keep a layout.
+        per_cell: numbers the likelihood needs for one cell.
+    """
+
+    def __init__(self, space: Space, context_shape: Sequence[int], per_cell: int) -> None:
+        super().__init__()
+        self.space, self.per_cell = space, per_cell
+        self.trailing = len(space.shape)
+        self.as_map = len(context_shape) == 3
+        if self.as_map:
+            if self.trailing != 3 or tuple(context_shape[1:]) != space.shape[1:]:
+                raise Unsupported(f"a context of shape {tuple(context_shape)} does not fit examples of {space.shape}")
+            self.output: nn.Module = nn.Conv2d(context_shape[0], space.shape[0] * per_cell, 1)
+        else:
+            self.output = glorot(nn.Linear(context_shape[0], space.dims * per_cell))
+
+    def parameters_of(self, context: Tensor) -> Tensor:
+        """Numbers of the likelihood: shape ``(*lead, *space.shape, per_cell)``, or without the last axis if it is 1."""
+        if self.as_map:
+            lead = context.shape[:-3]
+            flat = full_precision(self.output(context.reshape(-1, *context.shape[-3:])))
+            channels, height, width = self.space.shape
+            flat = flat.reshape(-1, channels, self.per_cell, height, width).movedim(2, -1)
+            flat = flat.reshape(*lead, channels, height, width, self.per_cell)
+        else:
+            flat = full_precision(self.output(context))
+            flat = flat.reshape(*context.shape[:-1], *self.space.shape, self.per_cell)
+        return flat.squeeze(-1) if self.per_cell == 1 else flat
+
+    def forward(self, context: Tensor) -> Distribution:
+        raise NotImplementedError
+
+    def initialise(self, batches: Batches) -> None:
+        """Set scales and output biases from one pass over the data.  Default: nothing."""
+
+    def _add_to_bias(self, values: Tensor) -> None:
+        """Add ``values`` (of shape ``(*space.shape, per_cell)``) to the output bias; a map's bias takes their mean."""
+        values = values.reshape(*self.space.shape, self.per_cell)
+        if self.as_map:
+            values = values.mean((1, 2))
+        bias = self.output.bias
+        assert isinstance(bias, Tensor)
+        with torch.no_grad():
+            bias.add_(values.reshape(-1).to(bias))
+
+
+def _cell_means(batches: Batches, shape: Sequence[int]) -> Tensor:
+    """Mean of every cell over its observed values, float64; 0 where nothing was observed."""
+    total = torch.zeros(tuple(shape), dtype=torch.float64)
+    count = torch.zeros_like(total)
+    for x, _ in batches:
+        values = x.to(total)
+        total += values.nan_to_num(0.0).sum(0)
+        count += (~torch.isnan(values)).sum(0)
+    return total / count.clamp(min=1.0)
+
+
+class BernoulliHead(Head):
+    """Binary cells."""
+
+    def __init__(self, space: Space, context_shape: Sequence[int]) -> None:
+        super().__init__(space, context_shape, per_cell=1)
+
+    def initialise(self, batches: Batches) -> None:
+        mean = _cell_means(batches, self.space.shape).clamp(1e-3, 1.0 - 1e-3)
+        self._add_to_bias(torch.logit(mean))
+
+    def forward(self, context: Tensor) -> Bernoulli:
+        return Bernoulli(self.parameters_of(context), self.trailing)
+
+
+class CategoricalHead(Head):
+    """A category a cell: integers with few levels, tokens."""
+
+    def __init__(self, space: Space, context_shape: Sequence[int]) -> None:
+        self.levels = space.levels if isinstance(space, Integers) else space.vocab  # type: ignore[attr-defined]
+        super().__init__(space, context_shape, per_cell=self.levels)
+
+    def initialise(self, batches: Batches) -> None:
+        counts = torch.zeros(self.space.dims, self.levels, dtype=torch.float64)
+        offsets = torch.arange(self.space.dims) * self.levels
+        for x, _ in batches:
+            codes = x.flatten(1)
+            seen = ~torch.isnan(codes) if codes.is_floating_point() else torch.ones_like(codes, dtype=torch.bool)
+            index = (codes.nan_to_num(0.0) if codes.is_floating_point() else codes).long() + offsets
+            counts += torch.bincount(index[seen], minlength=counts.numel()).reshape(counts.shape)
+        self._add_to_bias(torch.log((counts + 0.5) / (counts + 0.5).sum(1, keepdim=True)))
+
+    def forward(self, context: Tensor) -> Categorical:
+        return Categorical(self.parameters_of(context), self.trailing)
+
+
+class LogisticMixtureHead(Head):
+    """Levels of an ordered range (8-bit images): a mixture of discretised logistics a cell."""
+
+    def __init__(self, space: Space, context_shape: Sequence[int], components: int = 3) -> None:
+        if not isinstance(space, Integers):
+            raise Unsupported(f"likelihood 'logistic' is for Integers, got {type(space).__name__}")
+        super().__init__(space, context_shape, per_cell=3 * components)
+        self.levels, self.components = space.levels, components
+
+    def initialise(self, batches: Batches) -> None:
+        mean = 2.0 * _cell_means(batches, self.space.shape) / (self.levels - 1) - 1.0
+        spread = torch.linspace(-0.5, 0.5, self.components) if self.components > 1 else torch.zeros(1)
+        values = torch.zeros(*self.space.shape, 3 * self.components, dtype=torch.float64)
+        values[..., self.components : 2 * self.components] = mean.unsqueeze(-1) + spread
+        values[..., 2 * self.components :] = -2.0
+        self._add_to_bias(values)
+
+    def forward(self, context: Tensor) -> DiscretizedLogisticMixture:
+        logits, means, log_scales = self.parameters_of(context).chunk(3, -1)
+        return DiscretizedLogisticMixture(logits, means, log_scales, self.levels, self.trailing)
+
+
+class _ScaledHead(Head):
+    """A head over real cells whose numbers are in standard units; location and scale come from the data."""
+
+    location: Tensor
+    unit: Tensor
+
+    def __init__(self, space: Space, context_shape: Sequence[int], per_cell: int) -> None:
+        super().__init__(space, context_shape, per_cell)
+        self.register_buffer("location", torch.zeros(space.shape, dtype=torch.float64))
+        self.register_buffer("unit", torch.ones(space.shape, dtype=torch.float64))
+
+    @torch.no_grad()
+    def initialise(self, batches: Batches) -> None:
+        location, unit = _location_and_scale(batches, self.space.shape)
+        self.location.copy_(location)
+        self.unit.copy_(unit)
+
+    def _raw(self, mean: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-scale in raw units.  A scale below 10⁻⁴ of the data's is refused: densities must not blow up."""
+        unit = self.unit.to(mean.dtype)
+        return self.location.to(mean.dtype) + unit * mean, log_scale.clamp(min=-9.2) + torch.log(unit)
+
+
+def _location_and_scale(batches: Batches, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every cell over its observed values (float64); 1 for a constant cell."""
+    mean = _cell_means(batches, shape)
+    total, count = torch.zeros_like(mean), torch.zeros_like(mean)
+    for x, _ in batches:
+        centred = x.to(mean) - mean
+        total += centred.nan_to_num(0.0).square().sum(0)
+        count += (~torch.isnan(centred)).sum(0)
+    deviation = (total / count.clamp(min=1.0)).sqrt()
+    return mean, torch.where(deviation > 1e-12 * (1.0 + mean.abs()), deviation, 1.0)
+
+
+class NormalHead(_ScaledHead):
+    """Real cells: a normal with a learned mean and scale.
+
+    Args:
+        scale: ``cell`` (one learned scale a cell), ``context`` (predicted from the context too), or a number: σ in
+            raw units, fixed.
+    """
+
+    def __init__(self, space: Space, context_shape: Sequence[int], scale: str | float = "context") -> None:
+        if scale not in ("cell", "context") and isinstance(scale, str):
+            raise ValueError(f"scale: expected 'cell', 'context' or a number, got {scale!r}")
+        super().__init__(space, context_shape, per_cell=2 if scale == "context" else 1)
+        self.scale = scale
+        if scale == "cell":
+            self.log_scale = nn.Parameter(torch.zeros(space.shape))
+
+    def forward(self, context: Tensor) -> Normal:
+        values = self.parameters_of(context)
+        if self.scale == "context":
+            return Normal(*self._raw(values[..., 0], values[..., 1]), self.trailing)
+        if self.scale == "cell":
+            return Normal(*self._raw(values, self.log_scale.to(values.dtype)), self.trailing)
+        mean, _ = self._raw(values, torch.zeros((), dtype=values.dtype))
+        return Normal(mean, torch.tensor(float(self.scale), dtype=values.dtype).log(), self.trailing)
+
+
+class StudentHead(_ScaledHead):
+    """Real cells with heavy tails: Student's t, mean and scale from the context, one learned ν a cell (from ν = 8)."""
+
+    def __init__(self, space: Space, context_shape: Sequence[int]) -> None:
+        super().__init__(space, context_shape, per_cell=2)
+        self.log_df = nn.Parameter(torch.full(space.shape, 2.0794))
+
+    def forward(self, context: Tensor) -> StudentT:
+        values = self.parameters_of(context)
+        mean, log_scale = self._raw(values[..., 0], values[..., 1])
+        return StudentT(mean, log_scale, self.log_df.to(values.dtype).clamp(-0.7, 7.0), self.trailing)
+
+
+class NegativeBinomialHead(Head):
+    """Counts: a mean from the context and a learned dispersion a cell (Lopez et al. 2018, scVI)."""
+
+    def __init__(self, space: Space, context_shape: Sequence[int]) -> None:
+        super().__init__(space, context_shape, per_cell=1)
+        self.log_dispersion = nn.Parameter(torch.zeros(space.shape))
+
+    def initialise(self, batches: Batches) -> None:
+        self._add_to_bias(torch.log(_cell_means(batches, self.space.shape).clamp(min=1e-3)))
+
+    def forward(self, context: Tensor) -> NegativeBinomial:
+        log_mean = self.parameters_of(context).clamp(-20.0, 20.0)
+        return NegativeBinomial(log_mean, self.log_dispersion.to(log_mean.dtype).clamp(-7.0, 9.0), self.trailing)
+
+
+class MultinomialHead(Head):
+    """Counts as shares of a total: x | N ~ multinomial (Liang et al. 2018, arXiv 1802.05814), N ~ negative binomial.
+
+    The total is part of the example and so part of the bound; its law is learned and does not depend on the context.
+    """
+
+    def __init__(self, space: Space, context_shape: Sequence[int]) -> None:
+        if space.missing:
+            raise Unsupported("likelihood 'multinomial' needs every count of an example; this data has missing cells")
+        super().__init__(space, context_shape, per_cell=1)
+        self.log_total_mean = nn.Parameter(torch.zeros(()))
+        self.log_total_dispersion = nn.Parameter(torch.zeros(()))
+
+    def initialise(self, batches: Batches) -> None:
+        mean = _cell_means(batches, self.space.shape)
+        self._add_to_bias(torch.log(mean.clamp(min=1e-6)))
+        with torch.no_grad():
+            self.log_total_mean.copy_(torch.log(mean.sum().clamp(min=1e-3)))
+
+    def forward(self, context: Tensor) -> Multinomial:
+        logits = self.parameters_of(context)
+        lead = logits.shape[: logits.dim() - self.trailing]
+        mean = self.log_total_mean.to(logits.dtype).expand(lead)
+        total = NegativeBinomial(mean, self.log_total_dispersion.to(logits.dtype).clamp(-7.0, 9.0), trailing=0)
+        return Multinomial(logits, total, self.trailing)
+
+
+class TableDistribution:
+    """The distribution of a row: one categorical a coded column, one grid mixture over all numeric columns."""
+
+    def __init__(self, coded: dict[int, Categorical], numeric: list[int], mixture: GridLogisticMixture | None) -> None:
+        self.coded, self.numeric, self.mixture = coded, numeric, mixture
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self._assemble(
+            lambda columns, distribution: distribution.log_prob(x[..., columns]),
+        )
+
+    def sample(self, noise: Noise) -> Tensor:
+        return self._assemble(lambda columns, distribution: distribution.sample(noise), torch.float64)
+
+    def best(self, weights: Tensor | None = None) -> Tensor:
+        return self._assemble(lambda columns, distribution: distribution.best(weights), torch.float64)
+
+    def _assemble(self, function: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """Cells of the groups put side by side, in the table's order."""
+        groups: list[tuple[list[int], Any]] = [([j], distribution) for j, distribution in self.coded.items()]
+        if self.mixture is not None:
+            groups.append((self.numeric, self.mixture))
+        order = [j for columns, _ in groups for j in columns]
+        cells = torch.cat([function(columns, distribution) for columns, distribution in groups], -1)
+        back = torch.tensor(order, device=cells.device).argsort()
+        cells = cells[..., back]
+        return cells if dtype is None else cells.to(dtype)
+
+
+class TableHead(Head):
+    """A mixed row: a head a column.
+
+    A coded column has a categorical; a numeric one a mixture of logistics on its grid (or a density, without one)
+    and, on a grid, an atom for each value that at least ``atom_share`` of the training cells have.
+
+    Args:
+        components: K, logistics a numeric column.
+        atoms: the most atoms a column may have.
+        atom_share: share of the observed cells that makes a value an atom.
+    """
+
+    location: Tensor
+    unit: Tensor
+    resolution: Tensor
+    atoms: Tensor
+    has_atom: Tensor
+
+    def __init__(
+        self,
+        space: Space,
+        context_shape: Sequence[int],
+        components: int = 5,
+        atoms: int = 32,
+        atom_share: float = 0.005,
+    ) -> None:
+        if not isinstance(space, Table):
+            raise Unsupported(f"likelihood 'table' is for tables, got {type(space).__name__}")
+        if len(context_shape) != 1:
+            raise Unsupported("likelihood 'table' needs a vector context: use network 'mlp' or 'residual'")
+        nn.Module.__init__(self)
+        self.space, self.trailing = space, 1
+        self.components, self.most_atoms, self.atom_share = components, atoms, atom_share
+        self.coded = [j for j, column in enumerate(space.columns) if column.coded]
+        self.numeric = [j for j, column in enumerate(space.columns) if column.numeric]
+        self.levels = [space.columns[j].levels or 1 for j in self.coded]
+        columns: list[Column] = [space.columns[j] for j in self.numeric]
+        resolution = torch.tensor([column.resolution or 0.0 for column in columns], dtype=torch.float64)
+        self.register_buffer("resolution", resolution)
+        self.register_buffer("location", torch.zeros(len(columns), dtype=torch.float64))
+        self.register_buffer("unit", torch.ones(len(columns), dtype=torch.float64))
+        slots = atoms if any(column.resolution for column in columns) else 0
+        self.register_buffer("atoms", torch.zeros(len(columns), slots, dtype=torch.float64))
+        self.register_buffer("has_atom", torch.zeros(len(columns), slots, dtype=torch.bool))
+        self.per_column = 3 * components + slots
+        outputs = sum(self.levels) + len(columns) * self.per_column
+        self.output = glorot(nn.Linear(context_shape[0], outputs))
+
+    @torch.no_grad()
+    def set_atoms(self, values: Tensor) -> None:
+        """Give every column on a grid the same atoms, in steps of its grid: shape ``(at most atoms,)``."""
+        self.atoms[:, : len(values)] = values * self.resolution.unsqueeze(-1)
+        self.has_atom[:, : len(values)] = self.resolution.unsqueeze(-1) > 0
+
+    @torch.no_grad()
+    def initialise(self, batches: Batches) -> None:
+        shares = self._initialise_numeric(batches) if self.numeric else torch.zeros(0)
+        pieces = [*self._category_logits(batches), shares.reshape(-1)]
+        bias = self.output.bias
+        assert isinstance(bias, Tensor)
+        bias.add_(torch.cat(pieces).to(bias))
+
+    def _category_logits(self, batches: Batches) -> list[Tensor]:
+        counts = [torch.zeros(levels, dtype=torch.float64) for levels in self.levels]
+        if counts:
+            for x, _ in batches:
+                for j, count in zip(self.coded, counts):
+                    codes = x[:, j]
+                    count += torch.bincount(codes[~torch.isnan(codes)].long(), minlength=len(count))
+        return [torch.log((count + 0.5) / (count + 0.5).sum()) for count in counts]
+
+    def _initialise_numeric(self, batches: Batches) -> Tensor:
+        """Location, unit and atoms of the numeric columns; returns their output biases ``(columns, per_column)``."""
+        location, unit = _location_and_scale(batches, self.space.shape)
+        self.location.copy_(location[self.numeric])
+        self.unit.copy_(unit[self.numeric])
+        picked = _thinned(batches, self.numeric) if self.atoms.shape[1] else torch.zeros(0)
+        bias = torch.zeros(len(self.numeric), self.per_column, dtype=torch.float64)
+        k = self.components
+        bias[:, k : 2 * k] = torch.linspace(-1.0, 1.5, k) if k > 1 else 0.0
+        bias[:, 2 * k : 3 * k] = -0.5
+        for i in range(len(self.numeric)):
+            if self.resolution[i] > 0 and self.atoms.shape[1]:
+                values, share = _frequent(picked[:, i], self.atom_share, self.most_atoms)
+                self.atoms[i, : len(values)] = values
+                self.has_atom[i, : len(values)] = True
+                rest = max(1.0 - float(share.sum()), 1e-3)
+                bias[i, :k] = torch.log(torch.tensor(rest / k))
+                bias[i, 3 * k : 3 * k + len(values)] = torch.log(share.clamp(min=1e-4))
+        return bias
+
+    def forward(self, context: Tensor) -> TableDistribution:
+        values = full_precision(self.output(context))
+        start = 0
+        coded: dict[int, Categorical] = {}
+        for j, levels in zip(self.coded, self.levels):
+            coded[j] = Categorical(values[..., start : start + levels].unsqueeze(-2), 1)
+            start += levels
+        mixture = None
+        if self.numeric:
+            block = values[..., start:].reshape(*values.shape[:-1], len(self.numeric), self.per_column)
+            k = self.components
+            weights, means, log_scales, atoms = block.split([k, k, k, self.per_column - 3 * k], -1)
+            atoms = atoms.masked_fill(~self.has_atom, -torch.inf)
+            mixture = GridLogisticMixture(
+                torch.cat([weights, atoms], -1),
+                means,
+                log_scales,
+                self.location,
+                self.unit,
+                self.resolution,
+                self.atoms,
+            )
+        return TableDistribution(coded, self.numeric, mixture)
+
+
+def _thinned(batches: Batches, columns: list[int], most: int = 400_000) -> Tensor:
+    """Columns of evenly spread rows, at most ``most`` of them, whatever the number of rows."""
+    kept: list[Tensor] = []
+    stride, seen, held = 1, 0, 0
+    for x, _ in batches:
+        first = -seen % stride
+        kept.append(x[first::stride, columns].double())
+        seen, held = seen + len(x), held + len(kept[-1])
+        if held > most:
+            together = torch.cat(kept)[::2]
+            kept, stride, held = [together], 2 * stride, len(together)
+    return torch.cat(kept)
+
+
+def _frequent(values: Tensor, share: float, most: int) -> tuple[Tensor, Tensor]:
+    """Values held by at least ``share`` of the observed cells, at most ``most`` of them, with their shares."""
+    values = values[~torch.isnan(values)]
+    if not len(values):
+        return values, values
+    distinct, counts = torch.unique(values, return_counts=True)
+    shares = counts.double() / len(values)
+    keep = shares.argsort(descending=True, stable=True)[:most]
+    keep = keep[(shares[keep] >= share) & (counts[keep] > 1)]
+    return distinct[keep], shares[keep]
+
+
+_LIKELIHOODS: dict[str, tuple[type[Head], tuple[type[Space], ...]]] = {
+    "bernoulli": (BernoulliHead, (Binary,)),
+    "categorical": (CategoricalHead, (Integers, Tokens)),
+    "logistic": (LogisticMixtureHead, (Integers,)),
+    "normal": (NormalHead, (Reals,)),
+    "student": (StudentHead, (Reals,)),
+    "negative-binomial": (NegativeBinomialHead, (Counts,)),
+    "multinomial": (MultinomialHead, (Counts,)),
+    "table": (TableHead, (Table,)),
+}
+
+
+def likelihoods(space: Space) -> list[str]:
+    """Names of the likelihoods that suit a space, the default first.
+
+    >>> likelihoods(Integers((3, 32, 32), levels=256))
+    ['logistic', 'categorical']
+    >>> likelihoods(Reals((4,)))
+    ['normal', 'student']
+    """
+    names = [name for name, (_, spaces) in _LIKELIHOODS.items() if isinstance(space, spaces)]
+    if isinstance(space, Integers) and space.levels > 8:
+        names.reverse()
+    return names
+
+
+def head(name: str, space: Space, context_shape: Sequence[int], **options: Any) -> Head:
+    """The head of that name; ``auto`` is the first of :func:`likelihoods`.
+
+    Raises:
+        Unsupported: the likelihood does not suit the space.
+    """
+    suited = likelihoods(space)
+    if name == "auto":
+        name = suited[0]
+    if name not in suited:
+        raise Unsupported(
+            f"likelihood: expected one of auto, {', '.join(suited)} for {type(space).__name__}, got {name!r}"
+        )
+    cls = _LIKELIHOODS[name][0]
+    check_options(cls, options)
+    return cls(space, context_shape, **options)

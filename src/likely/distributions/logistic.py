@@ -1,0 +1,150 @@
+"""Mixtures of logistics: on a bounded range of levels, on an unbounded grid with atoms, and as a density.
+
+The mass of a logistic between b and a (in units of its scale, b < a) is computed without cancellation:
+
+    σ(a) − σ(b) = σ(a) σ(−b) (1 − e^(b − a)).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from likely.distributions.categorical import sample_categories
+from likely.distributions.protocol import mix
+from likely.noise import Noise
+
+
+def log_interval(upper: Tensor, lower: Tensor, width: Tensor) -> Tensor:
+    """log(σ(upper) − σ(lower)) with ``width`` = upper − lower > 0 given apart, so that tiny cells keep their digits."""
+    return F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-width))
+
+
+def _logit(uniform: Tensor) -> Tensor:
+    return torch.log(uniform) - torch.log1p(-uniform)
+
+
+class DiscretizedLogisticMixture:
+    """Mixture of K logistics, discretised to the levels 0 … L − 1; the outer levels take the tails.
+
+    Salimans et al. 2017 (PixelCNN++, arXiv 1701.05517), eq. 2, with u = 2x/(L − 1) − 1 and cells of half-width
+    1/(L − 1), without their dependence between colours.
+
+    Args:
+        logits, means, log_scales: shape ``(*lead, *shape, K)``; means and scales are in units of u.
+        levels: L.
+        trailing: number of axes of one example.
+    """
+
+    def __init__(self, logits: Tensor, means: Tensor, log_scales: Tensor, levels: int, trailing: int = 1) -> None:
+        self.log_weights = torch.log_softmax(logits, -1)
+        self.means, self.log_scales = means, log_scales.clamp(min=-7.0)
+        self.levels, self.trailing = levels, trailing
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        x = x.to(self.means.dtype).unsqueeze(-1)
+        half = 1.0 / (self.levels - 1)
+        precision = torch.exp(-self.log_scales)
+        centred = 2.0 * half * x - 1.0 - self.means
+        upper, lower = (centred + half) * precision, (centred - half) * precision
+        inside = torch.log(-torch.expm1(-2.0 * half * precision))
+        first, last = x == 0, x == self.levels - 1
+        cell = torch.where(last, 0.0, F.logsigmoid(upper)) + torch.where(first, 0.0, F.logsigmoid(-lower))
+        cell = cell + torch.where(first | last, 0.0, inside)
+        return torch.logsumexp(self.log_weights + cell, -1)
+
+    def sample(self, noise: Noise) -> Tensor:
+        shape = self.means.shape[:-1]
+        chosen = sample_categories(self.log_weights, noise.uniform(shape).to(self.means)).unsqueeze(-1)
+        mean = self.means.gather(-1, chosen).squeeze(-1)
+        scale = self.log_scales.exp().expand_as(self.means).gather(-1, chosen).squeeze(-1)
+        u = mean + scale * _logit(noise.uniform(shape).to(self.means))
+        return ((u + 1.0) * 0.5 * (self.levels - 1)).round().clamp(0, self.levels - 1)
+
+    def best(self, weights: Tensor | None = None) -> Tensor:
+        return mix(self.mean(), weights, self.trailing).round()
+
+    def mean(self) -> Tensor:
+        """Approximate mean level: the mixture's mean before discretisation, held inside the range."""
+        u = (self.log_weights.exp() * self.means.clamp(-1.0, 1.0)).sum(-1)
+        return (u + 1.0) * 0.5 * (self.levels - 1)
+
+
+class GridLogisticMixture:
+    """Numeric columns: a mixture of K logistics and A atoms, on the grid of each column, or a density without a grid.
+
+    On a grid of spacing r the mass of a cell is the logistics' mass within ± r/2, so that the masses of the whole
+    grid sum to one.  An atom puts its weight on one value (a spike such as zero).  Without a grid (r = 0) the
+    logistics have a density and there are no atoms.
+
+    Args:
+        logits: shape ``(*lead, columns, K + A)``: weights of the logistics, then of the atoms; −inf switches one off.
+        means, log_scales: shape ``(*lead, columns, K)``, in standard units.
+        location, scale: shape ``(columns,)``, float64: raw value = location + scale · standard value.
+        resolution: shape ``(columns,)``, float64: r, or 0.
+        atoms: shape ``(columns, A)``, float64 raw values.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        means: Tensor,
+        log_scales: Tensor,
+        location: Tensor,
+        scale: Tensor,
+        resolution: Tensor,
+        atoms: Tensor,
+    ) -> None:
+        self.log_weights = torch.log_softmax(logits, -1)
+        self.location, self.scale, self.resolution, self.atoms = location, scale, resolution, atoms
+        self.half = (0.5 * resolution / scale).to(means.dtype).unsqueeze(-1)  # half a cell in standard units
+        on_grid = self.half > 0
+        # A logistic far narrower than its cell is an atom already; on a continuum the scale is held off zero.
+        floor = torch.where(on_grid, torch.log(self.half.clamp(min=1e-30)) - 2.5, -7.0)
+        self.means, self.log_scales = means, torch.maximum(log_scales, floor)
+        self.on_grid = on_grid
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        standard = ((x.to(self.location) - self.location) / self.scale).to(self.means.dtype).unsqueeze(-1)
+        precision = torch.exp(-self.log_scales)
+        centred = (standard - self.means) * precision
+        width = torch.where(self.on_grid, 2.0 * self.half, 1.0) * precision
+        mass = log_interval(centred + 0.5 * width, centred - 0.5 * width, width)
+        log_unit = torch.log(self.scale).to(self.means.dtype).unsqueeze(-1)
+        density = F.logsigmoid(centred) + F.logsigmoid(-centred) - self.log_scales - log_unit
+        cells = torch.where(self.on_grid, mass, density)
+        if self.atoms.shape[-1]:
+            hit = (x.to(self.atoms).unsqueeze(-1) - self.atoms).abs() < 0.5 * self.resolution.unsqueeze(-1)
+            spikes = torch.zeros_like(hit, dtype=cells.dtype).masked_fill(~hit, -torch.inf)
+            spikes = spikes.expand(*cells.shape[:-1], -1)
+            cells = torch.cat([cells, spikes], -1)
+        return torch.logsumexp(self.log_weights + cells, -1)
+
+    def sample(self, noise: Noise) -> Tensor:
+        shape = self.means.shape[:-1]
+        components = self.means.shape[-1]
+        chosen = sample_categories(self.log_weights, noise.uniform(shape).to(self.means))
+        logistic = chosen.clamp(max=components - 1).unsqueeze(-1)
+        mean = self.means.gather(-1, logistic).squeeze(-1)
+        spread = self.log_scales.exp().gather(-1, logistic).squeeze(-1)
+        standard = mean + spread * _logit(noise.uniform(shape).to(self.means))
+        value = self._to_grid(self.location + self.scale * standard.double())
+        if self.atoms.shape[-1]:
+            atom = (chosen - components).clamp(min=0).unsqueeze(-1)
+            spike = self.atoms.expand(*shape, -1).gather(-1, atom).squeeze(-1)
+            value = torch.where(chosen >= components, spike, value)
+        return value
+
+    def best(self, weights: Tensor | None = None) -> Tensor:
+        return self._to_grid(mix(self.mean(), weights, 1))
+
+    def mean(self) -> Tensor:
+        """Mean value, raw units, float64, not on the grid: shape ``(*lead, columns)``."""
+        values = self.location.unsqueeze(-1) + self.scale.unsqueeze(-1) * self.means.double()
+        values = torch.cat([values, self.atoms.expand(*values.shape[:-1], -1)], -1)
+        return (self.log_weights.double().exp() * values).sum(-1)
+
+    def _to_grid(self, value: Tensor) -> Tensor:
+        grid = torch.where(self.resolution > 0, self.resolution, 1.0)
+        return torch.where(self.resolution > 0, (value / grid).round() * grid, value)

@@ -1,0 +1,381 @@
+"""Variational autoencoder (Kingma & Welling 2013, arXiv 1312.6114), with importance weighting and any space.
+
+    p(x, z) = p(z) p(x | z)        prior and likelihood
+    q(z | x) = N(μ(x), diag σ²(x))  amortised posterior
+
+    L(x)   = E_q[log p(x | z)] − KL(q(z | x) ‖ p(z))           ≤ log p(x)      (eq. 3)
+    L_k(x) = E[log (1/k) Σᵢ wᵢ],  wᵢ = p(x | zᵢ) p(zᵢ) / q(zᵢ | x)  ≤ log p(x)   (Burda et al. 2015, 1509.00519, eq. 8)
+
+Symbols: x example, c condition, z latent vector, k ``samples``, ε standard noise, w importance weight.
+
+With a condition every law is conditional on it, p(x | c) = ∫ p(z) p(x | z, c) dz.  A missing cell is left out: the
+posterior sees that it is missing, and the bound is one on the log-probability of the observed cells (Mattei &
+Frellsen 2019, MIWAE, arXiv 1812.02633).  The prior may be any model over the latent space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from likely.contract import (
+    Batches,
+    Binary,
+    Bound,
+    Counts,
+    Integers,
+    Kind,
+    Loss,
+    Model,
+    Reals,
+    Space,
+    Table,
+    Tokens,
+    Unsupported,
+    noise_or_global,
+    weakest,
+)
+from likely.distributions import Distribution, Normal, head, likelihoods
+from likely.distributions.categorical import sample_categories
+from likely.distributions.heads import TableHead
+from likely.networks import Features, decoder, encoder, full_precision
+from likely.noise import Noise
+
+
+class VAE(Model):
+    """Variational autoencoder over any space.
+
+    Args:
+        space: space of the examples.
+        condition: space of what the model is conditioned on, or None.
+        latent_dim: dimension of z.
+        hidden: widths of the encoder's hidden layers, mirrored in the decoder; for ``network="conv"`` the channels
+            at each scale and, last, a dense width.  Default: (512, 512), or (32, 64, 256) for ``conv``.
+        network: ``mlp``, ``residual`` or ``conv`` (images).
+        activation: ``relu``, ``elu``, ``gelu``, ``silu``, ``softplus`` or ``tanh``.
+        dropout: share of hidden units dropped in training.
+        likelihood: ``auto`` or a name of :func:`likely.distributions.likelihoods`.
+        likelihood_options: options of the likelihood's head, such as ``{"components": 5}``.
+        prior: ``normal`` for N(0, I), the name of a model, or a model over ``Reals((latent_dim,))``.
+        prior_options: options of a prior given by name, such as ``{"components": 50}``.
+        samples: k of the bound and of the training objective.
+        kl_warmup: training steps over which the loss raises the weight of the KL from 0 to 1; the bound never does.
+        free_bits: nats that each latent dimension may cost in the loss without a penalty (Kingma et al. 2016,
+            arXiv 1606.04934, appendix C); the bound never knows.
+        hide: share of the training examples of which a random part of the cells is hidden, so that the posterior
+            learns to impute; for tables and spaces with missing cells.  The bound never hides anything.
+
+    Raises:
+        Unsupported: an option does not suit the space, or ``samples`` > 1 with a prior known only from below.
+
+    >>> model = VAE(Binary((6,)), latent_dim=2, hidden=(8,))
+    >>> model.bound(torch.ones(3, 6)).kind
+    'lower bound'
+    """
+
+    spaces = (Binary, Integers, Reals, Counts, Tokens, Table)
+    conditional = True
+
+    def __init__(
+        self,
+        space: Space,
+        condition: Space | None = None,
+        *,
+        latent_dim: int = 16,
+        hidden: Sequence[int] | None = None,
+        network: str = "mlp",
+        activation: str = "silu",
+        dropout: float = 0.0,
+        likelihood: str = "auto",
+        likelihood_options: Mapping[str, Any] | None = None,
+        prior: str | Model = "normal",
+        prior_options: Mapping[str, Any] | None = None,
+        samples: int = 1,
+        kl_warmup: int = 0,
+        free_bits: float = 0.0,
+        hide: float = 0.0,
+    ) -> None:
+        super().__init__(space, condition)
+        if latent_dim < 1 or samples < 1:
+            raise ValueError(f"latent_dim, samples: expected at least 1, got {latent_dim}, {samples}")
+        if not 0.0 <= hide <= 1.0:
+            raise ValueError(f"hide: expected a share from 0 to 1, got {hide}")
+        self._may_miss = space.missing or isinstance(space, Table)
+        if hide and not self._may_miss:
+            raise Unsupported("hide: this space has no missing cells, so the posterior cannot be shown any")
+        self.latent_dim, self.samples = latent_dim, samples
+        self.kl_warmup, self.free_bits, self.hide = kl_warmup, free_bits, hide
+        widths = tuple(hidden) if hidden else ((32, 64, 256) if network == "conv" else (512, 512))
+
+        self.features = Features(space)
+        self.condition_features = Features(condition) if condition is not None else None
+        width = math.prod(self.condition_features.shape) if self.condition_features is not None else 0
+        self.encoder = encoder(network, self.features.shape, width, widths, activation, dropout)
+        self.posterior_head = nn.Linear(self.encoder.out_features, 2 * latent_dim)  # type: ignore[arg-type]
+        nn.init.xavier_uniform_(self.posterior_head.weight)
+        nn.init.zeros_(self.posterior_head.bias)
+        self.decoder = decoder(network, latent_dim + width, space.shape, widths, activation, dropout)
+        out_shape: Sequence[int] = self.decoder.out_shape  # type: ignore[assignment]
+        self.likelihood_head = head(likelihood, space, out_shape, **dict(likelihood_options or {}))
+        self.prior = _prior(prior, latent_dim, prior_options)
+        self.kind: Kind = "lower bound" if self.prior is None else weakest("lower bound", _kind(self.prior))
+        if samples > 1 and self.prior is not None and _kind(self.prior) != "exact":
+            raise Unsupported(
+                f"samples: prior {self.prior.name()!r} is known only as a {_kind(self.prior)}; its values are no "
+                "importance weights, and with k > 1 samples the result would not be a bound; use samples=1"
+            )
+
+    # The three conditionals of the paper ---------------------------------------------------------------------
+
+    def posterior(self, x: Tensor, context: Tensor | None = None) -> Normal:
+        """q(z | x, c): a normal with a diagonal covariance, shape ``(batch, latent_dim)``."""
+        h = self.encoder(self.features(x, self._dtype), context)
+        mean, log_scale = full_precision(self.posterior_head(h)).chunk(2, -1)
+        return Normal(mean, log_scale.clamp(-7.0, 5.0))
+
+    def likelihood(self, z: Tensor, context: Tensor | None = None) -> Distribution:
+        """p(x | z, c) for z of shape ``(*lead, latent_dim)``; the context is broadcast over the draws."""
+        if context is not None:
+            if z.dim() == 3:
+                context = context.unsqueeze(1).expand(-1, z.shape[1], -1)
+            z = torch.cat([z, context], -1)
+        return self.likelihood_head(self.decoder(z))
+
+    def log_prior(self, z: Tensor, noise: Noise | None = None) -> Tensor:
+        """log p(z) in nats: shape ``z.shape[:-1]``."""
+        if self.prior is None:
+            return -0.5 * (z.square().sum(-1) + self.latent_dim * math.log(2.0 * math.pi))
+        flat = self.prior.bound(z.reshape(-1, self.latent_dim), noise=noise).nats
+        return flat.reshape(z.shape[:-1]).to(z.dtype)
+
+    # The bound -----------------------------------------------------------------------------------------------
+
+    def bound(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Bound:
+        """L(x), or L_k(x) with ``samples`` = k > 1: a lower bound on log p(x | c) in nats.
+
+        Parts for k = 1: ``reconstruction`` and ``kl`` (its negative), or with a learned prior ``reconstruction``,
+        ``prior`` and ``entropy``.  For k > 1 the same terms under the normalised weights, and ``tightening``.
+        """
+        noise = noise_or_global(noise, x)
+        context = self._context(condition)
+        q = self.posterior(x, context)
+        if self.samples > 1:
+            return self._importance_bound(x, context, q, self.samples, noise)
+        z = q.sample(noise)
+
+        # 1. reconstruction: log p(x | z)
+        reconstruction = self._log_likelihood(x, z, context)
+        if self.prior is None:
+            # 2. KL(q(z | x) || p(z)), in closed form
+            return Bound(self.kind, {"reconstruction": reconstruction, "kl": -q.kl_to_standard().sum(-1)})
+        # 2. log p(z), and 3. the entropy of q(z | x), in closed form
+        parts = {"reconstruction": reconstruction, "prior": self.log_prior(z, noise), "entropy": q.entropy().sum(-1)}
+        return Bound(self.kind, parts)
+
+    def _importance_bound(self, x: Tensor, context: Tensor | None, q: Normal, samples: int, noise: Noise) -> Bound:
+        """L_k: with normalised weights w̃, log mean w = Σ w̃ log w + (H[w̃] − log k)."""
+        z, log_q = _draws(q, samples, noise)
+        # 1. reconstruction, 2. prior over posterior, both under the normalised weights
+        reconstruction = self._log_likelihood(x, z, context)
+        prior = self.log_prior(z, noise) - log_q
+        log_w = reconstruction + prior
+        weights = torch.softmax(log_w, 1)
+        # 3. what the average inside the logarithm gains
+        mean_log_w = (weights * log_w).sum(1)
+        tightening = torch.logsumexp(log_w, 1) - math.log(samples) - mean_log_w
+        parts = {
+            "reconstruction": (weights * reconstruction).sum(1),
+            "prior": (weights * prior).sum(1),
+            "tightening": tightening,
+        }
+        return Bound("lower bound", parts)
+
+    def log_weights(self, x: Tensor, condition: Tensor | None, samples: int, noise: Noise) -> Tensor:
+        """log wᵢ = log p(x | zᵢ) + log p(zᵢ) − log q(zᵢ | x) with zᵢ ~ q: shape ``(batch, samples)``, nats."""
+        context = self._context(condition)
+        z, log_q = _draws(self.posterior(x, context), samples, noise)
+        return self._log_likelihood(x, z, context) + self.log_prior(z, noise) - log_q
+
+    def loss(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None, step: int = 0) -> Loss:
+        """−L_k per dimension; with ``kl_warmup``, ``free_bits`` or ``hide`` the corresponding surrogate."""
+        noise = noise_or_global(noise, x)
+        if self.hide and self.training:
+            x = self._hidden(x, noise)
+        weight = min(1.0, (step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
+        if self.samples > 1 or (weight == 1.0 and not self.free_bits):
+            return super().loss(x, condition, noise, step)
+        context = self._context(condition)
+        q = self.posterior(x, context)
+        z = q.sample(noise)
+        reconstruction = self._log_likelihood(x, z, context).mean()
+        if self.prior is None:
+            kl = torch.clamp(q.kl_to_standard().mean(0), min=self.free_bits).sum()
+        else:
+            kl = (-self.log_prior(z, noise) - q.entropy().sum(-1)).mean().clamp(min=self.free_bits * self.latent_dim)
+        log = {"reconstruction": reconstruction.detach(), "kl": -kl.detach()}
+        return Loss((weight * kl - reconstruction) / self.space.dims, log)
+
+    # What a user asks of it ----------------------------------------------------------------------------------
+
+    def sample(self, n: int, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
+        """z ~ p(z), then x ~ p(x | z, c)."""
+        noise = noise_or_global(noise, self)
+        if self.prior is None:
+            z = noise.normal((n, self.latent_dim)).to(self._dtype)
+        else:
+            z = self.prior.sample(n, noise=noise).to(self._dtype)
+        return self.likelihood(z, self._context(condition)).sample(noise)
+
+    def encode(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Mean of q(z | x, c): shape ``(batch, latent_dim)``, deterministic."""
+        return self.posterior(x, self._context(condition)).mean
+
+    def decode(self, z: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
+        """A draw of p(x | z, c), or with ``noise=None`` its best guess (mean of numbers, mode of codes)."""
+        p = self.likelihood(z, self._context(condition))
+        return p.best() if noise is None else p.sample(noise)
+
+    def column_nats(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
+        """Each cell's share of the bound in nats, shape ``(batch, *space.shape)``; they sum to it.
+
+        The cell's own log p(x_j | z), and of the KL, which belongs to all observed cells together, an equal share.
+        A missing cell has 0.
+        """
+        noise = noise_or_global(noise, x)
+        context = self._context(condition)
+        q = self.posterior(x, context)
+        z = q.sample(noise)
+        cells = self._cells(x, self.likelihood(z, context))
+        common = (
+            self.log_prior(z, noise) + q.entropy().sum(-1) if self.prior is not None else -q.kl_to_standard().sum(-1)
+        )
+        seen = self._observed(x).expand_as(cells).to(cells.dtype)
+        count = seen.flatten(1).sum(1).clamp(min=1.0)
+        return cells + seen * (common / count).reshape(-1, *[1] * (cells.dim() - 1))
+
+    def impute(
+        self,
+        x: Tensor,
+        condition: Tensor | None = None,
+        noise: Noise | None = None,
+        draws: int = 0,
+        samples: int = 200,
+    ) -> Tensor:
+        """Missing cells filled from p(missing | observed, c) by importance sampling; observed cells stay.
+
+        Args:
+            draws: 0 for the single best values (posterior mean of a number, mode of a code), shape of ``x``; m for m
+                multiple imputations, shape ``(m, *x.shape)``.
+            samples: draws of z that stand for the posterior (self-normalised, Mattei & Frellsen 2019, §4.2).
+        """
+        noise = noise_or_global(noise, x)
+        context = self._context(condition)
+        z, log_q = _draws(self.posterior(x, context), samples, noise)
+        log_w = self._log_likelihood(x, z, context) + self.log_prior(z, noise) - log_q
+        if draws == 0:
+            best = self.likelihood(z, context).best(torch.softmax(log_w, 1))
+            return torch.where(torch.isnan(x), best.to(x.dtype), x)
+        uniform = noise.uniform((len(x), draws)).to(log_w)
+        chosen = sample_categories(torch.log_softmax(log_w, 1).unsqueeze(1).expand(-1, draws, -1), uniform)
+        picked = z.gather(1, chosen.unsqueeze(-1).expand(-1, -1, self.latent_dim))
+        drawn = self.likelihood(picked, context).sample(noise).movedim(1, 0)
+        return torch.where(torch.isnan(x), drawn.to(x.dtype), x)
+
+    def initialise(self, batches: Batches) -> None:
+        """Scales of the features and the head, and output biases, from one pass over the data."""
+        self.features.initialise(batches)
+        if self.condition_features is not None:
+            self.condition_features.initialise(batches, of_condition=True)
+        self.likelihood_head.initialise(batches)
+
+    @classmethod
+    def tiny(cls, space: Space, condition: Space | None = None) -> VAE:
+        """Two latent dimensions, four hidden units, and weights large enough that every part of the bound matters."""
+        options = {"components": 2} if likelihoods(space)[0] in ("logistic", "table") else {}
+        model = cls(space, condition, latent_dim=2, hidden=(4,), activation="tanh", likelihood_options=options)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            for parameter in model.parameters():
+                parameter.copy_(0.7 * torch.randn(parameter.shape))
+            for parameter in model.posterior_head.parameters():
+                parameter.mul_(0.4)  # keep q near the prior, so that importance weights tell the truth
+            if isinstance(model.likelihood_head, TableHead):
+                model.likelihood_head.set_atoms(torch.tensor([0.0, 2.0]))
+        return model
+
+    # Parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.posterior_head.weight.dtype
+
+    def _context(self, condition: Tensor | None) -> Tensor | None:
+        """Features of the condition as a vector, or None."""
+        if (condition is None) != (self.condition_features is None):
+            expected = "a condition" if condition is None else "no condition"
+            raise ValueError(f"condition: this model was built with {expected}")
+        if condition is None or self.condition_features is None:
+            return None
+        return self.condition_features(condition, self._dtype).flatten(1)
+
+    def _observed(self, x: Tensor) -> Tensor:
+        return ~torch.isnan(x) if self._may_miss else torch.ones((), dtype=torch.bool, device=x.device)
+
+    def _cells(self, x: Tensor, p: Distribution) -> Tensor:
+        """log p(x_j | z) of every cell, 0 where it is missing."""
+        if not self._may_miss:
+            return p.log_prob(x)
+        seen = ~torch.isnan(x)
+        return torch.where(seen, p.log_prob(torch.where(seen, x, 0.0)), 0.0)
+
+    def _log_likelihood(self, x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
+        """log p(x | z, c) in nats, summed over cells: shape ``z.shape[:-1]``."""
+        if z.dim() == 3:
+            x = x.unsqueeze(1)
+        return self._cells(x, self.likelihood(z, context)).flatten(z.dim() - 1).sum(-1)
+
+    def _hidden(self, x: Tensor, noise: Noise) -> Tensor:
+        """A copy of x in which a share ``hide`` of the examples lacks a random part of its cells."""
+        n = len(x)
+        share = noise.uniform((n, 1)).to(x.device)
+        chosen = noise.uniform((n, 1)).to(x.device) < self.hide
+        cells = noise.uniform((n, self.space.dims)).to(x.device).reshape(x.shape)
+        trailing = [1] * (x.dim() - 1)
+        lost = (cells < share.reshape(n, *trailing)) & chosen.reshape(n, *trailing)
+        return x.masked_fill(lost, torch.nan)
+
+
+def _draws(q: Normal, samples: int, noise: Noise) -> tuple[Tensor, Tensor]:
+    """``samples`` draws z of q and log q(z): shapes ``(batch, samples, latent_dim)`` and ``(batch, samples)``."""
+    batch, latent_dim = q.mean.shape
+    wide = Normal(q.mean.unsqueeze(1), q.log_scale.unsqueeze(1))
+    eps = noise.normal((batch, samples, latent_dim)).to(q.mean)
+    z = wide.mean + wide.log_scale.exp() * eps
+    log_q = -0.5 * (eps.square() + math.log(2.0 * math.pi)) - wide.log_scale
+    return z, log_q.sum(-1)
+
+
+def _prior(prior: str | Model, latent_dim: int, options: Mapping[str, Any] | None) -> Model | None:
+    """The prior as a model over the latent space; None stands for N(0, I)."""
+    if prior == "normal":
+        if options:
+            raise ValueError(f"prior_options: the normal prior has none, got {sorted(options)}")
+        return None
+    if isinstance(prior, str):
+        from likely.models import find
+
+        prior = find(prior)(Reals((latent_dim,)), **dict(options or {}))
+    if prior.space != Reals((latent_dim,)):
+        raise Unsupported(f"prior: expected a model over Reals(({latent_dim},)), got one over {prior.space}")
+    return prior
+
+
+def _kind(prior: Model) -> Kind:
+    """What kind of number a prior gives for a latent vector."""
+    parameter = next(iter(prior.parameters()), torch.zeros(()))
+    with torch.no_grad():
+        return prior.bound(torch.zeros(1, *prior.space.shape, dtype=parameter.dtype)).kind

@@ -1,0 +1,144 @@
+"""Convolutional residual networks for images: an encoder to a vector and a decoder to a map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from likely.networks.mlp import glorot, make_activation
+
+Layers = TypeVar("Layers", bound=nn.Module)
+
+
+class ConvBlock(nn.Module):
+    """Pre-activation residual block of two 3 × 3 convolutions; the second starts at zero."""
+
+    def __init__(self, channels: int, activation: str, dropout: float = 0.0) -> None:
+        super().__init__()
+        last = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        self.body = nn.Sequential(
+            make_activation(activation),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            make_activation(activation),
+            nn.Dropout(dropout) if dropout else nn.Identity(),
+            last,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def _halved(size: int, times: int) -> int:
+    for _ in range(times):
+        size = -(-size // 2)
+    return size
+
+
+def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise ValueError(f"network 'conv' needs examples of shape (channels, height, width), got {tuple(shape)}")
+    return shape[0], shape[1], shape[2]
+
+
+class ConvEncoder(nn.Module):
+    """Strided convolutions with residual blocks at every scale, then a dense layer that also sees the context.
+
+    Args:
+        in_shape: (channels, height, width) of the features.
+        context_features: width of the context vector, 0 if there is none.
+        hidden: channels at each halving of the resolution, and last the width of the dense layer.
+        blocks: residual blocks at each scale.
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        context_features: int,
+        hidden: Sequence[int],
+        activation: str = "silu",
+        dropout: float = 0.0,
+        blocks: int = 1,
+    ) -> None:
+        super().__init__()
+        channels, height, width = _image_shape(in_shape)
+        *scales, dense = _scales_and_dense(hidden)
+        layers: list[nn.Module] = []
+        for size in scales:
+            layers.append(nn.Conv2d(channels, size, 3, stride=2, padding=1))
+            layers += [ConvBlock(size, activation, dropout) for _ in range(blocks)]
+            channels = size
+        self.convolutions = _channels_last(nn.Sequential(*layers, make_activation(activation)))
+        flat = channels * _halved(height, len(scales)) * _halved(width, len(scales))
+        self.dense = nn.Sequential(glorot(nn.Linear(flat + context_features, dense)), make_activation(activation))
+        self.out_features = dense
+
+    def forward(self, features: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.convolutions(features.contiguous(memory_format=torch.channels_last)).flatten(1)
+        return self.dense(h if context is None else torch.cat([h, context], 1))
+
+
+class ConvDecoder(nn.Module):
+    """A dense layer, then residual blocks with pixel-shuffle up-sampling; its context is a map over the image.
+
+    Pixel shuffle (Shi et al. 2016, arXiv 1609.05158) doubles the resolution; odd sizes are cut to fit.
+
+    Args:
+        in_features: width of the input vector.
+        out_shape: (channels, height, width) of one example.
+        hidden: as for :class:`ConvEncoder`, in the encoder's order.
+        blocks: residual blocks at each scale.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_shape: Sequence[int],
+        hidden: Sequence[int],
+        activation: str = "silu",
+        dropout: float = 0.0,
+        blocks: int = 1,
+    ) -> None:
+        super().__init__()
+        _, height, width = _image_shape(out_shape)
+        *scales, dense = _scales_and_dense(hidden)
+        self.sizes = [(_halved(height, t), _halved(width, t)) for t in range(len(scales), -1, -1)]
+        self.start = (scales[-1], *self.sizes[0])
+        self.dense = nn.Sequential(
+            glorot(nn.Linear(in_features, dense)),
+            make_activation(activation),
+            glorot(nn.Linear(dense, math.prod(self.start))),
+        )
+        stages = []
+        for size, finer in zip(reversed(scales), [*reversed(scales[:-1]), scales[0]]):
+            body = [ConvBlock(size, activation, dropout) for _ in range(blocks)]
+            up = nn.Conv2d(size, 4 * finer, 3, padding=1)
+            stages.append(nn.Sequential(*body, make_activation(activation), up, nn.PixelShuffle(2)))
+        self.stages = _channels_last(nn.ModuleList(stages))
+        self.final = make_activation(activation)
+        self.out_shape = (scales[0], height, width)
+
+    def forward(self, z: Tensor) -> Tensor:
+        lead = z.shape[:-1]
+        h = self.dense(z.reshape(-1, z.shape[-1])).reshape(-1, *self.start)
+        h = h.contiguous(memory_format=torch.channels_last)
+        for stage, (height, width) in zip(self.stages, self.sizes[1:]):
+            h = stage(h)[:, :, :height, :width]
+        return self.final(h).reshape(*lead, *self.out_shape)
+
+
+def _channels_last(layers: Layers) -> Layers:
+    """The layers with their weights stored channels last, the faster layout for convolutions on CPU and GPU."""
+    return layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _scales_and_dense(hidden: Sequence[int]) -> Sequence[int]:
+    if len(hidden) < 2:
+        raise ValueError(
+            f"hidden: network 'conv' needs the channels of each scale and a dense width, got {tuple(hidden)}"
+        )
+    return hidden
