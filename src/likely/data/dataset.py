@@ -54,8 +54,8 @@ class Dataset:
         With ``bernoulli_scale`` a binary draw is made from ``noise``; without one, from noise keyed by the example's
         content, so that an evaluation binarises the same example in the same way wherever it stands.
         """
-        x = self.x[index]
-        condition = None if self.condition is None else self.condition[index]
+        x = _rows(self.x, index)
+        condition = None if self.condition is None else _rows(self.condition, index)
         if self.bernoulli_scale is not None:
             if noise is None:
                 noise = KeyedNoise(0, content_keys(x))
@@ -68,6 +68,13 @@ class Dataset:
         """All batches in the stored order; the last one may be smaller."""
         for start in range(0, len(self), batch_size):
             yield self.batch(slice(start, start + batch_size), noise)
+
+
+def _rows(x: Tensor, index: Tensor | slice) -> Tensor:
+    """``x[index]``; gathering whole rows is several times faster with ``index_select`` than by general indexing."""
+    if isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32):
+        return x.index_select(0, index)
+    return x[index]
 
 
 @dataclass(frozen=True)
