@@ -380,6 +380,8 @@ class Model(nn.Module):
     config: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Model:
+        if not (args or kwargs):  # copy.deepcopy, which brings the attributes itself
+            return super().__new__(cls)
         check_options(cls, kwargs)
         bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs)
         bound.apply_defaults()
