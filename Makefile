@@ -1,0 +1,37 @@
+# Two commands for a fresh machine: `make demo` and `make test`.  Both set up their own environment in .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test lint types tests mutants clean
+
+demo: $(READY)  ## fit a VAE to scikit-learn's digits, compare it, draw samples and write a report
+	$(BIN)/likely fit digits --model vae --out demo/run --test-fraction 0.2 --overwrite
+	$(BIN)/likely evaluate demo/run
+	$(BIN)/likely sample demo/run -n 64 --seed 0 -o demo/samples.npz
+	$(BIN)/likely report demo/run -o demo/report.html
+	@echo "Samples: demo/samples.npz   Report: demo/report.html"
+
+test: lint types tests  ## everything that continuous integration runs
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+tests: $(READY)
+	$(BIN)/python -m pytest
+
+mutants: $(READY)  ## inject the classical bugs one at a time; every one must be caught
+	$(BIN)/python tests/mutants.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache
