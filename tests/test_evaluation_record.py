@@ -244,9 +244,8 @@ def test_streams_are_those_of_the_standard_library():
     assert got["zlib -9"].bytes == len(zlib.compress(raw, 9))
     assert got["bz2 -9"].bytes == len(bz2.compress(raw, 9))
     assert got["xz -9e"].bytes == len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))
-    assert got["zstd -22"].bytes == len(
-        pytest.importorskip("zstandard").ZstdCompressor(level=22).compressobj().compress(raw)
-    ) or (got["zstd -22"].bytes <= len(raw))
+    whole = pytest.importorskip("zstandard").ZstdCompressor(level=22).compress(raw)
+    assert abs(got["zstd -22"].bytes - len(whole)) <= 8  # a stream's header does not hold the size
 
 
 @pytest.mark.parametrize(

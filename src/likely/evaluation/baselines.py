@@ -12,7 +12,7 @@ from likely.data.dataset import Dataset, Passes
 from likely.evaluation.heldout import HeldOut, Progress, held_out
 from likely.models import find
 
-#: Per-dimension marginals, and a full-covariance Gaussian: both exact, both fitted in closed form.
+#: Per-dimension marginals, and a full-covariance Gaussian, each in closed form.
 BASELINES = ("independent", "gaussian")
 
 
