@@ -34,8 +34,15 @@ class Categorical:
 
 
 def sample_categories(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """Codes by inversion of the cumulative distribution over the last axis, one uniform variate each (int64)."""
+    """Codes by inversion of the cumulative distribution, one for each uniform variate (int64).
+
+    Args:
+        log_probs: shape ``(*lead, levels)``.
+        uniform: shape ``(*lead,)``, or ``(*lead, draws)`` for several codes of one distribution.
+    """
+    several = uniform.dim() == log_probs.dim()
     cumulative = log_probs.double().exp().cumsum(-1)
-    cumulative = cumulative / cumulative[..., -1:]
-    codes = (uniform.double().unsqueeze(-1) > cumulative).sum(-1)
-    return codes.clamp(max=log_probs.shape[-1] - 1)
+    cumulative = (cumulative / cumulative[..., -1:]).contiguous()
+    points = (uniform if several else uniform.unsqueeze(-1)).double().contiguous()
+    codes = torch.searchsorted(cumulative, points).clamp(max=log_probs.shape[-1] - 1)
+    return codes if several else codes.squeeze(-1)

@@ -314,7 +314,7 @@ class VAE(Model):
             best = self.likelihood(z, context).best(torch.softmax(log_w, 1))
             return torch.where(torch.isnan(x), best.to(x.dtype), x)
         uniform = noise.uniform((len(x), draws)).to(log_w)
-        chosen = sample_categories(torch.log_softmax(log_w, 1).unsqueeze(1).expand(-1, draws, -1), uniform)
+        chosen = sample_categories(torch.log_softmax(log_w, 1), uniform)
         picked = z.gather(1, chosen.unsqueeze(-1).expand(-1, -1, self.latent_dim))
         drawn = self.likelihood(picked, context).sample(noise).movedim(1, 0)
         return torch.where(torch.isnan(x), drawn.to(x.dtype), x)
