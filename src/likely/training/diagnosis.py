@@ -27,7 +27,7 @@ class Diverged(FloatingPointError):
 
 
 def explain_loss(
-    model: Model, x: Tensor, condition: Tensor | None, noise: Callable[[], Noise], step: int, rows: list[int]
+    model: Model, x: Tensor, condition: Tensor | None, noise: Callable[[], Noise], rows: list[int]
 ) -> tuple[list[str], list[int]]:
     """Sentences on why the loss of a batch is not finite, and the row numbers that are at fault.
 

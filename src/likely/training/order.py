@@ -32,10 +32,11 @@ class Order:
         n: number of rows.
         seed: seed of the run.
         row_bytes: size of one example in bytes, which sets the size of blocks and pools.
+        device: where the numbers are to be.
     """
 
-    def __init__(self, n: int, seed: int, row_bytes: int = 1) -> None:
-        self.n = n
+    def __init__(self, n: int, seed: int, row_bytes: int = 1, device: torch.device | str = "cpu") -> None:
+        self.n, self._device = n, device
         self._seeds = Seeds(seed, ORDER)
         self._generator = torch.Generator()
         if n <= PERMUTED_ROWS and n * row_bytes <= PERMUTED_BYTES:
@@ -85,4 +86,5 @@ class Order:
             known = block < len(self._blocks)
             moved = self._blocks[block.clamp(max=len(self._blocks) - 1)] * self._block + positions % self._block
             shuffled = (torch.where(known, moved, positions) + self._offset) % self.n
-        self._start, self._stop, self._rows = epoch * self.n + first, epoch * self.n + last, shuffled
+        self._start, self._stop = epoch * self.n + first, epoch * self.n + last
+        self._rows = shuffled.to(self._device)
