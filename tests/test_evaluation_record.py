@@ -148,7 +148,7 @@ def test_record_is_json_and_holds_every_number():
     ):
         assert name in shown
     assert "lower bound on log p(x) with 7 importance samples" in result.sentence()
-    assert f"{weighted['bits']:.4g} bits/dim" in result.sentence()
+    assert f"{weighted['bits']:#.4g} bits/dim" in result.sentence()
 
 
 def test_single_example_gives_null_and_not_nan():
@@ -180,7 +180,7 @@ def test_progress_names_the_stages():
         (-88.951, 0.2345, "-88.95 ± 0.23"),
         (0.1, 0.00042, "0.10000 ± 0.00042"),
         (12345.6, 78.9, "12,346 ± 79"),
-        (2.0, 0.0, "2"),
+        (2.0, 0.0, "2.000"),
     ],
 )
 def test_numbers_show_two_digits_of_their_error(value, error, expected):

@@ -228,8 +228,8 @@ class Evaluation:
         if self.held_out.kind == "exact":
             rows[0] = self._row(self.model, self.held_out, "")
         if self.importance is not None:
-            name = f"{self.model}, {self.importance.samples:,} importance samples"
-            effective = f"{self.importance.effective_samples:.3g} effective samples"
+            name = f"{self.model}, {self.importance.samples:,} samples"
+            effective = f"importance-weighted, {self.importance.effective_samples:.3g} effective samples"
             rows.append(self._row(name, self.importance, effective))
         for baseline in self.baselines:
             if baseline.result is None:
@@ -418,7 +418,7 @@ def with_error(value: float, error: float | None) -> str:
     ('-88.95 ± 0.23', '1.235')
     """
     if error is None or math.isnan(error) or error <= 0:
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:#.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     decimals = max(0, min(6, 1 - math.floor(math.log10(error))))
     return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
 
