@@ -188,6 +188,7 @@ def test_cells_sum_to_the_bound() -> None:
 
 def test_hidden_cells_are_only_hidden_in_training() -> None:
     space = Table(columns=(Column("a", "integer"), Column("b", "categorical", levels=3)))
+    torch.manual_seed(0)
     model = VAE(space, latent_dim=2, hidden=(4,), hide=1.0)
     x = torch.tensor([[1.0, 2.0]], dtype=torch.float64).expand(500, 2)
     in_training = model.loss(x, None, stream(0)).value.item()

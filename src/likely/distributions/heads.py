@@ -53,7 +53,8 @@ class Head(nn.Module):
         if self.as_map:
             if self.trailing != 3 or tuple(context_shape[1:]) != space.shape[1:]:
                 raise Unsupported(f"a context of shape {tuple(context_shape)} does not fit examples of {space.shape}")
-            self.output: nn.Module = nn.Conv2d(context_shape[0], space.shape[0] * per_cell, 1)
+            self.output: nn.Module = nn.Conv2d(context_shape[0], space.shape[0] * per_cell, 1, bias=False)
+            self.bias = nn.Parameter(torch.zeros(*space.shape, per_cell))
         else:
             self.output = glorot(nn.Linear(context_shape[0], space.dims * per_cell))
 
@@ -64,7 +65,7 @@ class Head(nn.Module):
             flat = full_precision(self.output(context.reshape(-1, *context.shape[-3:])))
             channels, height, width = self.space.shape
             flat = flat.reshape(-1, channels, self.per_cell, height, width).movedim(2, -1)
-            flat = flat.reshape(*lead, channels, height, width, self.per_cell)
+            flat = flat.reshape(*lead, channels, height, width, self.per_cell) + self.bias
         else:
             flat = full_precision(self.output(context))
             flat = flat.reshape(*context.shape[:-1], *self.space.shape, self.per_cell)
@@ -77,14 +78,11 @@ class Head(nn.Module):
         """Set scales and output biases from one pass over the data.  Default: nothing."""
 
     def _add_to_bias(self, values: Tensor) -> None:
-        """Add ``values`` (of shape ``(*space.shape, per_cell)``) to the output bias; a map's bias takes their mean."""
-        values = values.reshape(*self.space.shape, self.per_cell)
-        if self.as_map:
-            values = values.mean((1, 2))
-        bias = self.output.bias
+        """Add ``values`` to the output bias, of which every cell has its own: ``(*space.shape, per_cell)`` of them."""
+        bias = self.bias if self.as_map else self.output.bias
         assert isinstance(bias, Tensor)
         with torch.no_grad():
-            bias.add_(values.reshape(-1).to(bias))
+            bias.add_(values.reshape(bias.shape).to(bias))
 
 
 def _cell_means(batches: Batches, shape: Sequence[int]) -> Tensor:

@@ -56,6 +56,7 @@ class VAE(Model):
         hidden: widths of the encoder's hidden layers, mirrored in the decoder; for ``network="conv"`` the channels
             at each scale and, last, a dense width.  Default: (512, 512), or (32, 64, 256) for ``conv``.
         network: ``mlp``, ``residual`` or ``conv`` (images).
+        blocks: residual blocks at each scale of ``network="conv"``: one number, or one a scale, finest first.
         activation: ``relu``, ``elu``, ``gelu``, ``silu``, ``softplus`` or ``tanh``.
         dropout: share of hidden units dropped in training.
         likelihood: ``auto`` or a name of :func:`likely.distributions.likelihoods`.
@@ -92,6 +93,7 @@ class VAE(Model):
         latent_dim: int = 16,
         hidden: Sequence[int] | None = None,
         network: str = "mlp",
+        blocks: int | Sequence[int] = 1,
         activation: str = "silu",
         dropout: float = 0.0,
         likelihood: str = "auto",
@@ -123,11 +125,11 @@ class VAE(Model):
         self.features = Features(space)
         self.condition_features = Features(condition) if condition is not None else None
         width = math.prod(self.condition_features.shape) if self.condition_features is not None else 0
-        self.encoder = encoder(network, self.features.shape, width, widths, activation, dropout)
+        self.encoder = encoder(network, self.features.shape, width, widths, activation, dropout, blocks)
         self.posterior_head = nn.Linear(self.encoder.out_features, 2 * latent_dim)  # type: ignore[arg-type]
         nn.init.xavier_uniform_(self.posterior_head.weight)
         nn.init.zeros_(self.posterior_head.bias)
-        self.decoder = decoder(network, latent_dim + width, space.shape, widths, activation, dropout)
+        self.decoder = decoder(network, latent_dim + width, space.shape, widths, activation, dropout, blocks)
         out_shape: Sequence[int] = self.decoder.out_shape  # type: ignore[assignment]
         self.likelihood_head = head(likelihood, space, out_shape, **dict(likelihood_options or {}))
         self.prior = _prior(prior, latent_dim, prior_options)

@@ -52,6 +52,7 @@ def encoder(
     hidden: Sequence[int],
     activation: str,
     dropout: float = 0.0,
+    blocks: int | Sequence[int] = 1,
 ) -> nn.Module:
     """An encoder by name: ``forward(features, context) -> (batch, out_features)``.
 
@@ -60,9 +61,10 @@ def encoder(
         in_shape: shape of the features of one example.
         context_features: width of the context vector, 0 if there is none.
         hidden: widths of the hidden layers; for ``conv`` the channels at each scale and, last, the dense width.
+        blocks: residual blocks at each scale of ``conv``.
     """
     if name == "conv":
-        return ConvEncoder(in_shape, context_features, hidden, activation, dropout)
+        return ConvEncoder(in_shape, context_features, hidden, activation, dropout, blocks)
     in_features = math.prod(in_shape) + context_features
     return VectorEncoder(_vector_network(name)(in_features, hidden, activation, dropout))
 
@@ -74,6 +76,7 @@ def decoder(
     hidden: Sequence[int],
     activation: str,
     dropout: float = 0.0,
+    blocks: int | Sequence[int] = 1,
 ) -> nn.Module:
     """A decoder by name: ``forward(vector) -> context``, with the shape of one context in ``out_shape``.
 
@@ -84,7 +87,7 @@ def decoder(
         hidden: as for :func:`encoder`, in the encoder's order; the decoder reverses it.
     """
     if name == "conv":
-        return ConvDecoder(in_features, out_shape, hidden, activation, dropout)
+        return ConvDecoder(in_features, out_shape, hidden, activation, dropout, blocks)
     return _vector_network(name)(in_features, tuple(reversed(hidden)), activation, dropout)
 
 

@@ -52,7 +52,7 @@ class ConvEncoder(nn.Module):
         in_shape: (channels, height, width) of the features.
         context_features: width of the context vector, 0 if there is none.
         hidden: channels at each halving of the resolution, and last the width of the dense layer.
-        blocks: residual blocks at each scale.
+        blocks: residual blocks at each scale: one number for all, or one a scale, finest first.
     """
 
     def __init__(
@@ -62,15 +62,17 @@ class ConvEncoder(nn.Module):
         hidden: Sequence[int],
         activation: str = "silu",
         dropout: float = 0.0,
-        blocks: int = 1,
+        blocks: int | Sequence[int] = 1,
     ) -> None:
         super().__init__()
         channels, height, width = _image_shape(in_shape)
-        *scales, dense = _scales_and_dense(hidden)
+        scales, dense, counts = _plan(hidden, blocks)
         layers: list[nn.Module] = []
-        for size in scales:
+        for size, count in zip(scales, counts):
+            if layers:
+                layers.append(make_activation(activation))
             layers.append(nn.Conv2d(channels, size, 3, stride=2, padding=1))
-            layers += [ConvBlock(size, activation, dropout) for _ in range(blocks)]
+            layers += [ConvBlock(size, activation, dropout) for _ in range(count)]
             channels = size
         self.convolutions = _channels_last(nn.Sequential(*layers, make_activation(activation)))
         flat = channels * _halved(height, len(scales)) * _halved(width, len(scales))
@@ -85,13 +87,14 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """A dense layer, then residual blocks with pixel-shuffle up-sampling; its context is a map over the image.
 
-    Pixel shuffle (Shi et al. 2016, arXiv 1609.05158) doubles the resolution; odd sizes are cut to fit.
+    Pixel shuffle (Shi et al. 2016, arXiv 1609.05158) doubles the resolution; odd sizes are cut to fit.  The map at
+    full resolution has half the channels of the finest scale, for it is by far the largest.
 
     Args:
         in_features: width of the input vector.
         out_shape: (channels, height, width) of one example.
         hidden: as for :class:`ConvEncoder`, in the encoder's order.
-        blocks: residual blocks at each scale.
+        blocks: as for :class:`ConvEncoder`.
     """
 
     def __init__(
@@ -101,11 +104,11 @@ class ConvDecoder(nn.Module):
         hidden: Sequence[int],
         activation: str = "silu",
         dropout: float = 0.0,
-        blocks: int = 1,
+        blocks: int | Sequence[int] = 1,
     ) -> None:
         super().__init__()
         _, height, width = _image_shape(out_shape)
-        *scales, dense = _scales_and_dense(hidden)
+        scales, dense, counts = _plan(hidden, blocks)
         self.sizes = [(_halved(height, t), _halved(width, t)) for t in range(len(scales), -1, -1)]
         self.start = (scales[-1], *self.sizes[0])
         self.dense = nn.Sequential(
@@ -113,21 +116,23 @@ class ConvDecoder(nn.Module):
             make_activation(activation),
             glorot(nn.Linear(dense, math.prod(self.start))),
         )
+        finest = max(scales[0] // 2, 1)
         stages = []
-        for size, finer in zip(reversed(scales), [*reversed(scales[:-1]), scales[0]]):
-            body = [ConvBlock(size, activation, dropout) for _ in range(blocks)]
-            up = nn.Conv2d(size, 4 * finer, 3, padding=1)
+        for t in reversed(range(len(scales))):
+            finer = scales[t - 1] if t else finest
+            body = [ConvBlock(scales[t], activation, dropout) for _ in range(counts[t])]
+            up = nn.Conv2d(scales[t], 4 * finer, 3, padding=1)
             stages.append(nn.Sequential(*body, make_activation(activation), up, nn.PixelShuffle(2)))
         self.stages = _channels_last(nn.ModuleList(stages))
         self.final = make_activation(activation)
-        self.out_shape = (scales[0], height, width)
+        self.out_shape = (finest, height, width)
 
     def forward(self, z: Tensor) -> Tensor:
         lead = z.shape[:-1]
-        h = self.dense(z.reshape(-1, z.shape[-1])).reshape(-1, *self.start)
-        h = h.contiguous(memory_format=torch.channels_last)
+        channels, height, width = self.start
+        h = self.dense(z.reshape(-1, z.shape[-1])).reshape(-1, height, width, channels).movedim(-1, 1)
         for stage, (height, width) in zip(self.stages, self.sizes[1:]):
-            h = stage(h)[:, :, :height, :width]
+            h = stage(h.contiguous(memory_format=torch.channels_last))[:, :, :height, :width]
         return self.final(h).reshape(*lead, *self.out_shape)
 
 
@@ -136,9 +141,14 @@ def _channels_last(layers: Layers) -> Layers:
     return layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _scales_and_dense(hidden: Sequence[int]) -> Sequence[int]:
+def _plan(hidden: Sequence[int], blocks: int | Sequence[int]) -> tuple[list[int], int, list[int]]:
+    """Channels of each scale, width of the dense layer, residual blocks of each scale."""
     if len(hidden) < 2:
         raise ValueError(
             f"hidden: network 'conv' needs the channels of each scale and a dense width, got {tuple(hidden)}"
         )
-    return hidden
+    *scales, dense = hidden
+    counts = [blocks] * len(scales) if isinstance(blocks, int) else list(blocks)
+    if len(counts) != len(scales) or min(counts) < 0:
+        raise ValueError(f"blocks: expected one number, or one for each of {len(scales)} scales, got {blocks}")
+    return scales, dense, counts
