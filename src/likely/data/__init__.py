@@ -6,6 +6,33 @@ it.  Libraries that only some readers need (pandas, pyarrow, pillow, scipy, scik
 
 from likely.data.dataset import Dataset, Passes
 from likely.data.errors import DataError
+from likely.data.preprocessing import (
+    Dequantise,
+    Log,
+    Log1p,
+    Logit,
+    Preprocessed,
+    Standardise,
+    Transform,
+    build_transform,
+)
 from likely.data.schema import Schema, infer_schema
+from likely.data.splits import Split, split
 
-__all__ = ["DataError", "Dataset", "Passes", "Schema", "infer_schema"]
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Dequantise",
+    "Log",
+    "Log1p",
+    "Logit",
+    "Passes",
+    "Preprocessed",
+    "Schema",
+    "Split",
+    "Standardise",
+    "Transform",
+    "build_transform",
+    "infer_schema",
+    "split",
+]

@@ -337,7 +337,7 @@ class ArrayForm:
         elif suffix == ".png" and self.layout != "as is":
             images.write_sheet(self._pictures(array), path)
         elif not suffix and self.layout != "as is":
-            images.write_folder(self._pictures(array), path, labels and list(next(iter(labels.values()))) or None)
+            images.write_folder(self._pictures(array), path, (labels and list(next(iter(labels.values())))) or None)
         else:
             also = ", .png (one sheet) or no suffix (a folder of PNG files)" if self.layout != "as is" else ""
             raise DataError(f"{path}: expected a name that ends in .npy or .npz{also}")

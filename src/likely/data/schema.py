@@ -160,7 +160,7 @@ def infer_schema(
     stated_form, notes = said.pop("form", None), said.pop("notes", None)
     del notes
     said.pop("version", None)
-    merged = {**said, **{name: value for name, value in options.items() if value is not None}}
+    merged = {**said, **{name: value for name, value in options.items() if value is not None and value != []}}
     if "columns" in said and "columns" in options:
         merged["columns"] = _merge_columns(said["columns"], options["columns"])
     form: Form

@@ -278,7 +278,7 @@ INFER_OPTIONS = (*READ_OPTIONS, "names", "columns", "given", "ignore", "keep", "
 def _describe_column(column: TableColumn) -> str:
     if column.role == "ignore":
         return f"set aside: {column.note or 'as asked'}"
-    about = [column.kind]
+    about: list[str] = [column.kind]
     if column.coded:
         about.append(
             f"{len(column.categories or ())} levels ({', '.join((column.categories or ())[:4])}"

@@ -1,0 +1,82 @@
+"""Statistics of a stream of batches, in bounded memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Count, mean and variance of every cell over a stream of batches, missing cells left out.
+
+    Batches are merged by the update of Chan, Golub & LeVeque (1983, The American Statistician 37, 242-247), which does
+    not cancel for data far from zero.
+
+    >>> moments = Moments(1)
+    >>> moments.add(torch.tensor([[1.0], [2.0]])), moments.add(torch.tensor([[6.0], [float("nan")]]))
+    (None, None)
+    >>> moments.count.item(), moments.mean.item(), round(moments.variance().item(), 4)
+    (3.0, 3.0, 4.6667)
+
+    Args:
+        cells: number of cells of an example.
+        device: device of the batches.
+    """
+
+    def __init__(self, cells: int, device: torch.device | str = "cpu") -> None:
+        self.count = torch.zeros(cells, dtype=torch.float64, device=device)
+        self.mean, self._squares = torch.zeros_like(self.count), torch.zeros_like(self.count)
+
+    def add(self, x: Tensor) -> None:
+        """Add a batch of shape ``(batch, cells)``; NaN is a missing cell."""
+        x = x.to(self.mean)
+        present = ~torch.isnan(x)
+        n = present.sum(0).to(self.count)
+        mean = torch.where(present, x, 0.0).sum(0) / n.clamp(min=1.0)
+        squares = torch.where(present, x - mean, 0.0).square().sum(0)
+        total = self.count + n
+        shift, share = mean - self.mean, n / total.clamp(min=1.0)
+        self._squares += squares + shift.square() * self.count * share
+        self.mean += shift * share
+        self.count = total
+
+    def variance(self) -> Tensor:
+        """Mean squared deviation from the mean; 0 where nothing was seen."""
+        return self._squares / self.count.clamp(min=1.0)
+
+
+class Reservoir:
+    """A uniform sample of at most ``size`` rows of a stream (Vitter 1985, ACM TOMS 11, 37-57, algorithm R).
+
+    The sample depends on the order of the rows, not on how they are cut into batches.
+
+    >>> reservoir = Reservoir(2, 1)
+    >>> reservoir.add(torch.arange(100.0).unsqueeze(1))
+    >>> reservoir.rows().shape
+    torch.Size([2, 1])
+
+    Args:
+        size: largest number of rows.
+        cells: number of cells of a row.
+        seed: seed of the draw.
+    """
+
+    def __init__(self, size: int, cells: int, seed: int = 0) -> None:
+        self._rows = np.full((size, cells), np.nan)
+        self._random = np.random.default_rng(seed)
+        self._seen = 0
+
+    def add(self, x: Tensor) -> None:
+        """Offer a batch of shape ``(batch, cells)``."""
+        rows, size = x.detach().cpu().numpy(), len(self._rows)
+        free = min(len(rows), max(0, size - self._seen))
+        self._rows[self._seen : self._seen + free] = rows[:free]
+        places = self._random.integers(0, np.arange(self._seen + free, self._seen + len(rows)) + 1)
+        for row in np.flatnonzero(places < size):
+            self._rows[places[row]] = rows[free + row]
+        self._seen += len(rows)
+
+    def rows(self) -> Tensor:
+        """The sample, float64."""
+        return torch.from_numpy(self._rows[: min(self._seen, len(self._rows))])
