@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from likely.contract import Model, Space, space_from_json
+from likely.data.preprocessing import Preprocessed
 
 _DESCRIPTION = frozenset({"model", "space", "condition", "options"})
 _WRAPPER = "preprocessed"  # a Model that is no family of its own, in likely.data
@@ -38,6 +39,8 @@ def find(name: str) -> type[Model]:
     Raises:
         ValueError: no model has this name; the message gives the nearest name and all names.
     """
+    if name == _WRAPPER:
+        return Preprocessed
     if name not in names():
         near = difflib.get_close_matches(str(name), names(), n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -87,6 +90,8 @@ def build(description: Mapping[str, Any]) -> Model:
     options = {name: _from_json(value) for name, value in description["options"].items()}
     space = space_from_json(description["space"])
     condition = None if description["condition"] is None else space_from_json(description["condition"])
+    if description["model"] == _WRAPPER:
+        return Preprocessed.from_options(space, condition, **options)
     return find(description["model"])(space, condition, **options)
 
 
