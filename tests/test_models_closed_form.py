@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 from sklearn.covariance import ledoit_wolf
 from sklearn.decomposition import PCA
+from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from likely.contract import (
@@ -28,6 +29,7 @@ from likely.distributions.grid_normal import cell_moments, log_cell_mass
 from likely.models import build, describe, find, names
 from likely.models.gaussian import Gaussian
 from likely.models.independent import Independent, concentration, smooth
+from likely.models.mixture import Mixture
 from likely.noise import StreamNoise
 
 MIXED = Table(
@@ -261,8 +263,7 @@ def test_gaussian_shrinks_as_ledoit_and_wolf() -> None:
     expected, _ = ledoit_wolf(standard, assume_centered=True)
     model = Gaussian(Reals((30,)))
     model.estimate(fed(x))
-    assert isinstance(model.law.cholesky, Tensor)
-    assert (model.law.cholesky @ model.law.cholesky.T).numpy() == pytest.approx(expected, abs=1e-7)
+    assert model.law.covariance().numpy() == pytest.approx(expected, abs=1e-7)
 
 
 def test_ppca_is_tipping_and_bishop_s_closed_form() -> None:
@@ -323,11 +324,7 @@ def test_gaussian_missing_cells_are_integrated_out(rank: int | None) -> None:
 
 def dense(model: Gaussian) -> np.ndarray:
     """The covariance in raw units."""
-    law = model.law
-    if hasattr(law, "cholesky"):
-        sigma = law.cholesky @ law.cholesky.T
-    else:
-        sigma = law.weights @ law.weights.T + law.variance * torch.eye(model.dims).double()
+    sigma = model.law.covariance()
     return (sigma * model.scale.unsqueeze(0) * model.scale.unsqueeze(1)).numpy()
 
 
@@ -484,3 +481,280 @@ def test_gaussian_refuses_what_it_cannot_do() -> None:
         Gaussian(Reals((3,)), Table(columns=(Column("id", "categorical", levels=100_000),)))
     with pytest.raises(Unsupported, match="takes no condition"):
         Independent(Reals((3,)), Reals((1,)))
+
+
+# -------------------------------------------------------------------------------------------------- mixture
+
+SPACES = [
+    Binary((3,), missing=True),
+    Integers((2, 2), 3, missing=True),
+    Tokens(2, 3),
+    Reals((2,), missing=True),
+    Counts((2,), missing=True),
+    MIXED,
+]
+
+
+def dependent(space: Space, n: int, seed: int = 0) -> Tensor:
+    """Examples of three latent classes, with holes where the space allows them."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Mixture(space, components=3, seed=7)
+    with torch.no_grad():
+        for law in model.laws:
+            law.spread(generator, 2.5)
+    x = model.sample(n, noise=StreamNoise(generator))
+    if isinstance(space, Table):
+        holes = holed(x, 0.2)
+        return torch.stack([holes[:, j] if c.missing else x[:, j] for j, c in enumerate(space.columns)], 1)
+    return holed(x, 0.2) if space.missing else x
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_mixture_finds_what_scikit_learn_finds(covariance: str) -> None:
+    generator = np.random.default_rng(20)
+    centres = np.array([[0.0, 0, 0], [6, 0, 3], [0, 7, -4]])
+    label = generator.choice(3, size=900, p=[0.5, 0.3, 0.2])
+    x = centres[label] + generator.normal(size=(900, 3)) @ np.triu(np.full((3, 3), 0.6))
+    model = Mixture(Reals((3,)), components=3, covariance=covariance, smoothing=0.0, tolerance=1e-9)
+    model.estimate(fed(x))
+    theirs = GaussianMixture(3, covariance_type=covariance[:4], tol=1e-10, max_iter=500, reg_covar=0, random_state=0)
+    theirs.fit(x)
+    assert model.bound(torch.as_tensor(x)).nats.detach().numpy() == pytest.approx(theirs.score_samples(x), abs=1e-3)
+    assert sorted(model.logits.softmax(0).tolist()) == pytest.approx(sorted(theirs.weights_), abs=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 1.0])
+@pytest.mark.parametrize("space", SPACES, ids=lambda space: type(space).__name__)
+def test_em_never_lowers_the_objective_and_ends_where_it_is_stationary(space: Space, smoothing: float) -> None:
+    x = dependent(space, 400)
+    model = Mixture(space, components=2, smoothing=smoothing, restarts=1, passes=1, seed=1)
+    model.estimate(fed(x))
+    batches = [batch for batch, _ in fed(x)]
+    trace = np.array([model.iterate(batches)[0] for _ in range(700 if isinstance(space, Counts) else 150)])
+    assert np.all(np.diff(trace) > -1e-10 * np.abs(trace[1:]))
+    at = trace[-1]
+    for seed in range(3):  # no small step in any direction is better
+        generator = torch.Generator().manual_seed(seed)
+        for sign in (1, -1):
+            moved = copy_of(model)
+            with torch.no_grad():
+                for parameter in moved.parameters():
+                    step = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                    parameter.add_(sign * 3e-3 * step)
+            assert moved.iterate(batches)[0] < at + 1e-7
+
+
+@pytest.mark.parametrize(
+    ("space", "options"),
+    [
+        (Reals((2,), missing=True), {"covariance": "full"}),
+        (Reals((2,), missing=True), {"covariance": "diagonal"}),
+        (Counts((2,), missing=True), {"counts": "negative binomial"}),
+        (Counts((2,), missing=True), {"counts": "poisson"}),
+    ],
+    ids=["full", "diagonal", "negative binomial", "poisson"],
+)
+def test_em_ends_where_the_gradient_of_the_likelihood_vanishes(space: Space, options: dict[str, str]) -> None:
+    x = dependent(space, 500, seed=3)
+    model = Mixture(space, components=2, smoothing=0.0, tolerance=1e-9, passes=600, restarts=1, **options)  # type: ignore[arg-type]
+    model.estimate(fed(x, size=500))
+    model.bound(x).nats.mean().backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() < 1e-3
+
+
+def copy_of(model: Mixture) -> Mixture:
+    """A second model with the same parameters and the same prior."""
+    twin = build(describe(model))
+    assert isinstance(twin, Mixture)
+    twin.load_state_dict(model.state_dict())
+    for law, original in zip(twin.laws, model.laws):
+        for name in ("_marginal", "_prior", "_variance", "_centre", "_curvature", "_dispersion"):
+            if hasattr(original, name):
+                setattr(law, name, getattr(original, name))
+    return twin
+
+
+@pytest.mark.parametrize("space", [Binary((3,), missing=True), Integers((2,), 3, missing=True), Tokens(2, 3)], ids=str)
+def test_mixture_has_mass_one_for_every_pattern_of_missing_cells(space: Space) -> None:
+    model = Mixture.tiny(space)
+    everything = every(space).double()
+    nats = model.bound(everything).nats
+    assert nats.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
+    for pattern in itertools.product([False, True], repeat=space.dims) if space.missing else ():
+        holes = torch.where(torch.tensor(pattern), math.nan, everything)
+        observed, member = torch.unique(holes.nan_to_num(-1.0), dim=0, return_inverse=True)
+        summed = torch.zeros(len(observed)).double().index_add(0, member, nats.exp().detach())
+        observed = torch.where(observed < 0, math.nan, observed)
+        assert torch.allclose(model.bound(observed).nats.exp(), summed, atol=1e-12)
+
+
+def test_mixture_of_a_mixed_table_by_hand() -> None:
+    """The sum over classes of products of scipy's laws, holes left out."""
+    model = Mixture.tiny(MIXED)
+    x = holed(model.sample(40, noise=stream()), 0.3)
+    x[:, 3] = x[:, 3].nan_to_num(1.0)
+    numbers, codes = model.laws
+    mean, scale = numbers.mean.detach().numpy(), numbers.log_scale.exp().detach().numpy()
+    tables = [p.softmax(1).detach().numpy() for p in codes.logits.split([3, 2], 1)]
+    weight = model.logits.softmax(0).detach().numpy()
+    expected = np.zeros(40)
+    for i, (height, age, colour, smoker, heavy) in enumerate(x.numpy()):
+        for k in range(2):
+            p = weight[k] * tables[1][k, int(smoker)]
+            for j, (value, step) in enumerate([(height, 0.5), (age, 1.0)]):
+                if not np.isnan(value):
+                    law = scipy.stats.norm(mean[k, j], scale[k, j])
+                    p *= law.cdf(value + step / 2) - law.cdf(value - step / 2)
+            p *= 1.0 if np.isnan(colour) else tables[0][k, int(colour)]
+            p *= 1.0 if np.isnan(heavy) else scipy.stats.norm(mean[k, 2], scale[k, 2]).pdf(heavy)
+            expected[i] += p
+    assert model.bound(x).nats.exp().detach().numpy() == pytest.approx(expected, rel=1e-8)
+    assert model.bound(x).kind == "exact"
+
+
+@pytest.mark.parametrize("counts", ["poisson", "negative binomial"])
+def test_mixture_of_counts_by_hand(counts: str) -> None:
+    model = Mixture(Counts((1,)), components=3, counts=counts, seed=5)
+    k = np.arange(300)
+    m = model.laws[0].log_mean.exp().detach().numpy()[:, 0]
+    if counts == "poisson":
+        laws = [scipy.stats.poisson(v).pmf(k) for v in m]
+    else:
+        r = model.laws[0].log_dispersion.exp().detach().numpy()[:, 0]
+        laws = [scipy.stats.nbinom(a, a / (a + v)).pmf(k) for a, v in zip(r, m)]
+    nats = model.bound(torch.as_tensor(k).unsqueeze(1)).nats.detach().numpy()
+    assert np.exp(nats) == pytest.approx(np.mean(laws, 0), rel=1e-9)
+    assert np.exp(nats).sum() == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("space", SPACES, ids=lambda space: type(space).__name__)
+def test_mixture_samples_imputations_and_contributions(space: Space) -> None:
+    """Samples have the model's own frequencies; column_nats is the difference of two bounds; draws fill every hole."""
+    model = Mixture.tiny(space)
+    x = model.sample(6000, noise=stream())
+    space.validate(x)
+    responsibility = model.encode(x)
+    error = responsibility.std(0) / math.sqrt(len(x))
+    assert torch.all((responsibility.mean(0) - model.logits.softmax(0)).abs() < 5 * error)
+    if space.missing:
+        holes = dependent(space, 60)
+        for filled in (model.impute(holes), model.impute(holes, noise=stream(), draws=2)):
+            assert not torch.isnan(filled).any()
+            assert torch.equal(filled[0][~torch.isnan(holes)], holes[~torch.isnan(holes)])
+            space.validate(filled[0])
+        cells = model.column_nats(holes)
+        flat = holes.reshape(60, -1)
+        for j in range(space.dims):
+            less = flat.clone()
+            less[:, j] = math.nan
+            difference = model.bound(holes).nats - model.bound(less.reshape(holes.shape)).nats
+            assert torch.allclose(cells[:, j], difference, atol=1e-9)
+
+
+def test_full_mixture_contributions_imputations_and_missing_cells() -> None:
+    model = Mixture(Reals((3,), missing=True), components=2, covariance="full", seed=3)
+    model.laws[0].spread(torch.Generator().manual_seed(0), 3.0)
+    x = holed(model.sample(40, noise=stream()), 0.3)
+    mean = model.laws[0].mean.detach().numpy()
+    root = model.laws[0]._cholesky().detach().numpy()
+    sigma = root @ root.transpose(0, 2, 1)
+    filled, cells, nats = model.impute(x)[0].numpy(), model.column_nats(x), model.bound(x).nats
+    for i, row in enumerate(x.numpy()):
+        o = ~np.isnan(row)
+        p = np.array([0.5, 0.5])
+        guess = np.zeros((2, 3))
+        for k in range(2):
+            if o.any():
+                p[k] *= scipy.stats.multivariate_normal(mean[k][o], sigma[k][np.ix_(o, o)]).pdf(row[o])
+                gain = sigma[k][:, o] @ np.linalg.inv(sigma[k][np.ix_(o, o)])
+                guess[k] = mean[k] + gain @ (row[o] - mean[k][o])
+            else:
+                guess[k] = mean[k]
+        assert nats[i].item() == pytest.approx(math.log(p.sum()), abs=1e-9)
+        assert filled[i] == pytest.approx(p @ guess / p.sum(), abs=1e-9)
+        for j in np.flatnonzero(o):
+            less = torch.as_tensor(row).clone().unsqueeze(0)
+            less[0, j] = math.nan
+            assert cells[i, j].item() == pytest.approx((nats[i] - model.bound(less).nats[0]).item(), abs=1e-9)
+
+
+def test_mixture_imputes_the_conditional_law() -> None:
+    model = Mixture.tiny(Binary((3,), missing=True))
+    everything = every(Binary((3,))).double()
+    p = model.bound(everything).nats.exp().detach()
+    row = torch.tensor([[math.nan, 1.0, math.nan]]).double()
+    seen = everything[:, 1] == 1
+    expected = p[seen] / p[seen].sum()
+    drawn = model.impute(row.expand(8000, 3), noise=stream())[0]
+    code = (2 * drawn[:, 0] + drawn[:, 2]).long()
+    frequency = torch.bincount(code, minlength=4) / 8000
+    assert torch.all((frequency - expected).abs() < 4 * (expected * (1 - expected) / 8000).sqrt())
+    marginal = torch.stack([expected[2:].sum(), torch.tensor(0.0), expected[[1, 3]].sum()])
+    assert model.impute(row)[0, 0, [0, 2]].tolist() == (marginal > 0.5).double()[[0, 2]].tolist()
+
+
+def test_mixture_on_a_grid_recovers_a_normal_law_coarser_than_its_scale() -> None:
+    """EM with truncated moments is the maximum of the grouped likelihood, not that of the rounded values."""
+    generator = np.random.default_rng(21)
+    x = np.round(generator.normal(0.3, 0.5, size=(5000, 1)))
+    space = Table(columns=(Column("a", "integer"),))
+    model = Mixture(space, components=1, smoothing=0.0, tolerance=1e-12, passes=500)
+    model.estimate(fed(x, size=5000))
+    mean, scale = model.laws[0].mean.item(), model.laws[0].log_scale.exp().item()
+    assert mean == pytest.approx(0.3, abs=0.03) and scale == pytest.approx(0.5, abs=0.03)
+    model.bound(torch.as_tensor(x)).nats.mean().backward()
+    assert model.laws[0].mean.grad.abs().max() < 1e-5 and model.laws[0].log_scale.grad.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+def test_mixture_as_a_trainable_prior(covariance: str) -> None:
+    prior = Mixture(Reals((3,)), components=4, covariance=covariance)
+    z = prior.sample(20_000, noise=stream())
+    assert torch.all(z.mean(0).abs() < 1.0) and torch.all((z.var(0) - 1.0).abs() < 0.6)
+    point = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    parameters = list(prior.parameters())
+
+    def function(point: Tensor, *values: Tensor) -> Tensor:
+        named = dict(zip([name for name, _ in prior.named_parameters()], values))
+        return torch.func.functional_call(prior, named, (point,))
+
+    prior.forward = lambda z: prior.bound(z).nats  # type: ignore[method-assign]
+    assert torch.autograd.gradcheck(function, (point, *parameters))
+    prior.float().bound(point.float()).nats.sum().backward()
+
+
+def test_mixture_beats_independent_cells_and_reaches_a_known_entropy() -> None:
+    """Two classes of binary cells: held-out nats are the entropy of the source up to the noise of estimation."""
+    generator = np.random.default_rng(22)
+    law = generator.beta(0.4, 0.4, size=(2, 8))
+    everything = np.array(list(itertools.product([0, 1], repeat=8)))
+    p = 0.5 * np.prod(np.where(everything[:, None], law, 1 - law), 2).sum(1)
+    entropy = scipy.stats.entropy(p)
+    x = torch.as_tensor((generator.random((6000, 8)) < law[generator.integers(0, 2, 6000)]).astype(float))
+    model, floor = Mixture(Binary((8,)), components=2), Independent(Binary((8,)))
+    model.estimate(fed(x[:3000]))
+    floor.estimate(fed(x[:3000]))
+    nats = model.bound(x[3000:]).nats.detach()
+    error = nats.std().item() / math.sqrt(3000)
+    assert abs(-nats.mean().item() - entropy) < 3 * error + 17 / 3000
+    assert floor.bound(x[3000:]).nats.mean() < nats.mean() - 0.1
+
+
+def test_mixture_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(Unsupported, match="'full' is for spaces of reals"):
+        Mixture(Binary((3,)), covariance="full")
+    with pytest.raises(ValueError, match="no option 'component'; did you mean 'components'"):
+        Mixture(Binary((3,)), component=3)
+    with pytest.raises(ValueError, match="counts: expected"):
+        Mixture(Counts((3,)), counts="geometric")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["independent", "gaussian", "mixture"])
+def test_a_built_model_with_the_saved_state_is_the_same_model(name: str) -> None:
+    model = find(name).tiny(MIXED)
+    twin = build(describe(model))
+    twin.load_state_dict(model.state_dict())
+    x = holed(model.sample(50, noise=stream()), 0.2)
+    assert torch.equal(model.bound(x).nats, twin.bound(x).nats)
+    assert torch.equal(model.sample(5, noise=stream()), twin.sample(5, noise=stream()))

@@ -56,6 +56,7 @@ from likely.contract import (
     Unsupported,
     noise_or_global,
 )
+from likely.data.streaming import Moments
 from likely.models.independent import Independent
 from likely.noise import Noise
 
@@ -259,7 +260,7 @@ class Gaussian(Model):
 
         Returns whether cells are missing, and the variance (in the units of y) that constant columns are lent.
         """
-        cells = _ColumnMoments(self.dims, self.shift.device)
+        cells = Moments(self.dims, self.shift.device)
         self.features.start()
         missing = False
         for x, condition in batches:
@@ -268,7 +269,7 @@ class Gaussian(Model):
             cells.add(values)
             self.features.add(condition)
         self.features.finish()
-        variance = cells.squares / cells.count.clamp(min=1.0) + self.spacing.square() / 12.0
+        variance = cells.variance() + self.spacing.square() / 12.0
         size = torch.where(cells.mean == 0, 1.0, cells.mean.abs())
         least = torch.where(self.spacing > 0, 0.0, (1e-3 * size).square())
         constant = variance <= 1e-24 * size.square()
@@ -383,55 +384,28 @@ class _Full(nn.Module):
             log_det = 2.0 * self.cholesky.diagonal().log().sum()
             penalty = self.precision_diagonal @ v
             return -0.5 * (r.shape[1] * _LOG_2PI + log_det + white.square().sum(0) + penalty)
-        nats = r.new_empty(len(r))
-        for rows, precision, log_det, mask in self._patterns(present):
+        nats, sigma = r.new_empty(len(r)), self.covariance()
+        for rows, precision, log_det, mask in patterns(sigma, present):
             inner = torch.einsum("bi,bij,bj->b", r[rows], precision, r[rows])
             penalty = precision.diagonal(dim1=1, dim2=2) @ v
             nats[rows] = -0.5 * (mask.sum(1) * _LOG_2PI + log_det + inner + penalty)
         return nats
 
-    def _patterns(self, present: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """For every pattern of present cells: ``(rows, precision, log det, mask)``, with a leading axis that
-        broadcasts over the rows.
-
-        ``precision`` is (Σ_oo)⁻¹ in the rows and columns o of the present cells and 0 elsewhere.
-        """
-        sigma = self.cholesky @ self.cholesky.T
-        d = sigma.shape[0]
-        patterns, member = torch.unique(present, dim=0, return_inverse=True)
-        order = member.argsort(stable=True)
-        counts = torch.bincount(member, minlength=len(patterns))
-        ends = counts.cumsum(0)
-        chunk = max(1, _CHUNK // d**2)
-        for first in range(0, len(patterns), chunk):
-            some = patterns[first : first + chunk].double()
-            last = first + len(some)
-            rows = order[int(ends[first] - counts[first]) : int(ends[last - 1])]
-            both = some.unsqueeze(1) * some.unsqueeze(2)
-            padded = sigma * both + torch.diag_embed(1.0 - some)
-            factor = torch.linalg.cholesky(padded)
-            precision = torch.cholesky_inverse(factor) * both
-            log_det = 2.0 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
-            of_row = member[rows] - first
-            if len(some) == 1:  # one pattern: nothing to copy for each row
-                yield rows, precision, log_det, some
-                continue
-            limit = max(1, _CHUNK // d**2)
-            for start in range(0, len(rows), limit):
-                part = of_row[start : start + limit]
-                yield rows[start : start + limit], precision[part], log_det[part], some[part]
+    def covariance(self) -> Tensor:
+        """Σ, shape ``(dims, dims)``."""
+        return self.cholesky @ self.cholesky.T
 
     def cell_nats(self, r: Tensor, present: Tensor, v: Tensor) -> Tensor:
         """Bound of all present cells minus the bound without cell j: shape ``(batch, dims)``.
 
         With P = Σ_oo⁻¹: −½ [log 2π − log P_jj + ((P r)_j² + Σ_i P_ij² v_i) / P_jj].
         """
-        nats = torch.zeros_like(r)
-        for rows, precision, _, _ in self._patterns(present):
+        nats, sigma = torch.zeros_like(r), self.covariance()
+        for rows, precision, _, _ in patterns(sigma, present):
             diagonal = precision.diagonal(dim1=1, dim2=2)
             pulled = torch.einsum("bij,bj->bi", precision.expand(len(rows), -1, -1), r[rows])
             noise = precision.square() @ v
-            nats[rows] = _leave_one_out(diagonal, pulled, noise)
+            nats[rows] = leave_one_out(diagonal, pulled, noise)
         return torch.where(present, nats, 0.0)
 
     def expected(self, r: Tensor, present: Tensor) -> Tensor:
@@ -439,8 +413,8 @@ class _Full(nn.Module):
         if present.all():
             return r
         filled = torch.empty_like(r)
-        sigma = self.cholesky @ self.cholesky.T
-        for rows, precision, _, _ in self._patterns(present):
+        sigma = self.covariance()
+        for rows, precision, _, _ in patterns(sigma, present):
             filled[rows] = torch.einsum("bij,bj->bi", precision.expand(len(rows), -1, -1), r[rows]) @ sigma
         return torch.where(present, r, filled)
 
@@ -475,6 +449,10 @@ class _Factor(nn.Module):
         self.register_buffer("variance", torch.ones((), dtype=torch.float64))
         self.weights: Tensor
         self.variance: Tensor
+
+    def covariance(self) -> Tensor:
+        """Equation (3), shape ``(dims, dims)``."""
+        return self.weights @ self.weights.T + self.variance * torch.eye(len(self.weights)).to(self.weights)
 
     def _posterior(self, present: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """``(rows, mask, M)`` with M = WᵀW + σ² I over the present cells; a leading axis broadcasts over the rows."""
@@ -526,7 +504,7 @@ class _Factor(nn.Module):
             pulled = (r[rows] - z @ w.T) / self.variance
             crossed = torch.einsum("bkd,bkl,bld->bd", half, self._gram(mask * v), half)
             noise = (v * (1.0 - 2.0 * reach) + crossed) / self.variance.square()
-            nats[rows] = _leave_one_out(diagonal, pulled, noise)
+            nats[rows] = leave_one_out(diagonal, pulled, noise)
         return torch.where(present, nats, 0.0)
 
     def encode(self, r: Tensor, present: Tensor) -> Tensor:
@@ -608,7 +586,39 @@ class _Factor(nn.Module):
         return _FactorStatistics(self, features)
 
 
-def _leave_one_out(diagonal: Tensor, pulled: Tensor, noise: Tensor) -> Tensor:
+def patterns(sigma: Tensor, present: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """For every pattern of present cells: ``(rows, precision, log det, mask)``, with a leading axis that
+    broadcasts over the rows.
+
+    ``precision`` is (Σ_oo)⁻¹ in the rows and columns o of the present cells and 0 elsewhere.
+    """
+    d = sigma.shape[0]
+    kinds, member = torch.unique(present, dim=0, return_inverse=True)
+    order = member.argsort(stable=True)
+    counts = torch.bincount(member, minlength=len(kinds))
+    ends = counts.cumsum(0)
+    chunk = max(1, _CHUNK // d**2)
+    for first in range(0, len(kinds), chunk):
+        some = kinds[first : first + chunk].to(sigma)
+        last = first + len(some)
+        rows = order[int(ends[first] - counts[first]) : int(ends[last - 1])]
+        both = some.unsqueeze(1) * some.unsqueeze(2)
+        padded = sigma * both + torch.diag_embed(1.0 - some)
+        factor = torch.linalg.cholesky(padded)
+        precision = torch.cholesky_inverse(factor) * both
+        log_det = 2.0 * factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        of_row = member[rows] - first
+        if len(some) == 1:  # one pattern: nothing to copy for each row
+            yield rows, precision, log_det, some
+            continue
+        limit = max(1, _CHUNK // d**2)
+        for start in range(0, len(rows), limit):
+            part = of_row[start : start + limit]
+            yield rows[start : start + limit], precision[part], log_det[part], some[part]
+
+
+def leave_one_out(diagonal: Tensor, pulled: Tensor, noise: Tensor) -> Tensor:
+    """log N of a cell given all others, from P_jj, (P r)_j and Σ_i P_ij² v_i of the precision P (nats)."""
     safe = torch.where(diagonal > 0, diagonal, 1.0)
     return -0.5 * (_LOG_2PI - safe.log() + (pulled.square() + noise) / safe)
 
@@ -651,25 +661,6 @@ class _Moments:
         return self.second / self.n + torch.diag(self.v)
 
 
-class _ColumnMoments:
-    """Count, mean and sum of squared deviations of each column, NaN left out (Chan, Golub & LeVeque 1983)."""
-
-    def __init__(self, dims: int, device: torch.device) -> None:
-        self.count = torch.zeros(dims, dtype=torch.float64, device=device)
-        self.mean, self.squares = torch.zeros_like(self.count), torch.zeros_like(self.count)
-
-    def add(self, x: Tensor) -> None:
-        present = ~torch.isnan(x)
-        n = present.sum(0).double()
-        mean = torch.where(present, x, 0.0).sum(0) / n.clamp(min=1.0)
-        squares = torch.where(present, x - mean, 0.0).square().sum(0)
-        total = self.count + n
-        shift, share = mean - self.mean, n / total.clamp(min=1.0)
-        self.squares += squares + shift.square() * self.count * share
-        self.mean += shift * share
-        self.count = total
-
-
 class _FullStatistics:
     """Expected moments of complete rows under the current law, for EM of the full covariance."""
 
@@ -677,8 +668,8 @@ class _FullStatistics:
         self.law = law
         like = law.cholesky if isinstance(law, _Full) else law.weights
         dims = len(like)
-        self.sigma = law.cholesky @ law.cholesky.T if isinstance(law, _Full) else torch.eye(dims).to(like)
-        self.patterns = law if isinstance(law, _Full) else _Full(dims).to(like.device)
+        self.sigma = law.covariance() if isinstance(law, _Full) else torch.eye(dims).to(like)
+        self.complete = law if isinstance(law, _Full) else _Full(dims).to(like.device)
         self.n = 0
         self.second = torch.zeros_like(self.sigma)
         self.cross = like.new_zeros((dims, features))
@@ -687,9 +678,9 @@ class _FullStatistics:
 
     def add(self, r: Tensor, present: Tensor, f: Tensor, mean: Tensor, v: Tensor) -> None:
         """One batch: residuals, which cells are present, features, current means B f(c), variances of the noise."""
-        filled = self.patterns.expected(r, present)
+        filled = self.complete.expected(r, present)
         spread = r.new_zeros(len(r))
-        for rows, precision, _, mask in self.patterns._patterns(present):
+        for rows, precision, _, mask in patterns(self.sigma, present):
             pull = precision @ self.sigma  # transposed regression of all cells on the present ones
             hidden = (1.0 - mask).unsqueeze(1) * (1.0 - mask).unsqueeze(2)
             covariance = (self.sigma - self.sigma @ pull) * hidden + pull.transpose(1, 2) @ (v.unsqueeze(1) * pull)
@@ -820,7 +811,7 @@ class _Features(nn.Module):
         return torch.cat(pieces, 1)
 
     def start(self) -> None:
-        self._moments = _ColumnMoments(len(self.cells), self.shift.device)
+        self._moments = Moments(len(self.cells), self.shift.device)
 
     def add(self, condition: Tensor | None) -> None:
         if self.cells:
@@ -829,7 +820,7 @@ class _Features(nn.Module):
             self._moments.add(condition.reshape(len(condition), -1).to(self.shift))
 
     def finish(self) -> None:
-        deviation = (self._moments.squares / self._moments.count.clamp(min=1.0)).sqrt()
+        deviation = self._moments.variance().sqrt()
         self.shift.copy_(self._moments.mean)
         self.scale.copy_(torch.where(deviation > 0, deviation, 1.0))
         del self._moments

@@ -37,7 +37,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +54,7 @@ from likely.contract import (
     Tokens,
     noise_or_global,
 )
+from likely.data.streaming import Moments, Reservoir
 from likely.distributions.counts import NegativeBinomial
 from likely.distributions.grid_normal import log_cell_mass
 from likely.distributions.logistic import log_interval
@@ -351,58 +351,30 @@ class _Numbers(_Marginal):
         return torch.where(grid, (overall / width).round() * width, mean)
 
     def start(self) -> None:
-        self._rows = min(_SAMPLE_ROWS, max(256, _SAMPLE_CELLS // self.cells))
-        self._sample = np.full((self._rows, self.cells), np.nan)
-        self._random = np.random.default_rng(0)
-        self._seen = 0
-        self._n = torch.zeros(self.cells, dtype=torch.float64)
-        self._average = torch.zeros(self.cells, dtype=torch.float64)
-        self._squares = torch.zeros(self.cells, dtype=torch.float64)
+        self._sample = Reservoir(min(_SAMPLE_ROWS, max(256, _SAMPLE_CELLS // self.cells)), self.cells)
+        self._moments = Moments(self.cells)
         self._histograms: list[tuple[Tensor, Tensor]] = [
             (torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)) for _ in range(self.cells)
         ]
 
     def add(self, x: Tensor) -> None:
         x = x.cpu()
-        self._add_sample(x.numpy())
-        self._add_moments(x)
+        self._sample.add(x)
+        self._moments.add(x)
         for j, width in enumerate(self.width.tolist()):
             if width > 0:
                 cells = x[:, j]
                 steps = (cells[~torch.isnan(cells)] / width).round()
                 self._histograms[j] = _merge(self._histograms[j], steps, 4 * self.values)
 
-    def _add_sample(self, x: np.ndarray) -> None:
-        """Reservoir sampling (Vitter 1985, algorithm R): every row is kept with the same probability."""
-        free = min(len(x), max(0, self._rows - self._seen))
-        self._sample[self._seen : self._seen + free] = x[:free]
-        later = np.arange(self._seen + free, self._seen + len(x))
-        places = self._random.integers(0, later + 1)
-        for row in np.flatnonzero(places < self._rows):
-            self._sample[places[row]] = x[free + row]
-        self._seen += len(x)
-
-    def _add_moments(self, x: Tensor) -> None:
-        """Mean and sum of squared deviations, merged batch by batch (Chan, Golub & LeVeque 1983)."""
-        present = ~torch.isnan(x)
-        n = present.sum(0).double()
-        average = torch.where(present, x, 0.0).sum(0) / n.clamp(min=1.0)
-        squares = torch.where(present, x - average, 0.0).square().sum(0)
-        total = self._n + n
-        shift = average - self._average
-        share = n / total.clamp(min=1.0)
-        self._squares += squares + shift.square() * self._n * share
-        self._average += shift * share
-        self._n = total
-
     def finish(self) -> None:
         device = self.width.device
-        deviation = (self._squares / self._n.clamp(min=1.0)).sqrt()
-        floor = _least_scale(self._average, self.width.cpu())
-        self.guard_mean.copy_(self._average)
-        self.guard_scale.copy_(torch.maximum(deviation, floor) * math.sqrt(3.0) / math.pi)
-        self.log_guard.copy_(-torch.log(self._n + 2.0))
-        sample = torch.from_numpy(self._sample[: min(self._seen, self._rows)])
+        moments = self._moments
+        floor = _least_scale(moments.mean, self.width.cpu())
+        self.guard_mean.copy_(moments.mean)
+        self.guard_scale.copy_(torch.maximum(moments.variance().sqrt(), floor) * math.sqrt(3.0) / math.pi)
+        self.log_guard.copy_(-torch.log(moments.count + 2.0))
+        sample = self._sample.rows()
         chunk = max(1, (1 << 18) // max(len(sample), 1))
         for first in range(0, self.cells, chunk):
             some = slice(first, first + chunk)
@@ -412,13 +384,13 @@ class _Numbers(_Marginal):
         for j, (steps, counts) in enumerate(self._histograms):
             if self.width[j] > 0:
                 self._set_histogram(j, steps, counts.double())
-        del self._sample, self._random, self._histograms, self._n, self._average, self._squares
+        del self._sample, self._histograms, self._moments
 
     def _set_histogram(self, j: int, steps: Tensor, counts: Tensor) -> None:
         if len(steps) > self.values:
             kept = counts.argsort(descending=True, stable=True)[: self.values].sort().values
             steps, counts = steps[kept], counts[kept]
-        total, stored = float(self._n[j]), float(counts.sum())
+        total, stored = float(self._moments.count[j]), float(counts.sum())
         if total == 0:
             return
         column = (steps.to(self.width) * self.width[j]).unsqueeze(1)
@@ -492,41 +464,38 @@ class _Amounts(_Marginal):
 
     def start(self) -> None:
         self._counts = torch.zeros(self.cells * self.values, dtype=torch.int64)
-        self._n = torch.zeros(self.cells, dtype=torch.float64)
-        self._sum = torch.zeros(self.cells, dtype=torch.float64)
-        self._squares = torch.zeros(self.cells, dtype=torch.float64)
+        self._moments = Moments(self.cells)
 
     def add(self, x: Tensor) -> None:
         x = x.cpu()
         present = ~torch.isnan(x)
         filled = torch.where(present, x, 0.0)
-        self._n += present.sum(0)
-        self._sum += filled.sum(0)
-        self._squares += filled.square().sum(0)
+        self._moments.add(x)
         positions = filled.long() + torch.arange(self.cells) * self.values
         self._counts += torch.bincount(positions[present & (x < self.values)], minlength=len(self._counts))
 
     def finish(self) -> None:
         # Half a count in one more example keeps the law of a dimension that was always zero from being degenerate.
-        mean = (self._sum + 0.5) / (self._n + 1.0)
-        variance = (self._squares + 0.5) / (self._n + 1.0) - mean.square()
+        n = self._moments.count
+        mean = (self._moments.mean * n + 0.5) / (n + 1.0)
+        variance = self._moments.variance()
         dispersion = mean.square() / torch.maximum(variance - mean, 1e-4 * mean)
         self.log_mean.copy_(mean.log())
         self.log_dispersion.copy_(dispersion.log())
-        self.log_guard.copy_(-torch.log(self._n + 2.0))
-        self.log_guard_mean.copy_(torch.log1p(mean + variance.clamp(min=0.0).sqrt()))
+        self.log_guard.copy_(-torch.log(n + 2.0))
+        self.log_guard_mean.copy_(torch.log1p(mean + variance.sqrt()))
         counts = self._counts.reshape(self.cells, self.values).double()
-        unstored = self._n - counts.sum(1)
+        unstored = n - counts.sum(1)
         for first in range(0, self.cells, 256):
             some = slice(first, min(first + 256, self.cells))
             used = max(1, int(counts[some].sum(0).nonzero().max()) + 1) if counts[some].any() else 1
             levels = torch.arange(used, dtype=torch.float64, device=self.log_mean.device).unsqueeze(1)
             base = self._log_smooth_law(levels, some).T.exp().cpu()
             alpha = concentration(counts[some, :used], base, unstored[some], shared=False)
-            total = self._n[some] + alpha
+            total = n[some] + alpha
             self.log_stored[some] = torch.log(counts[some] / total.unsqueeze(1)).to(self.log_stored)
             self.log_smooth[some] = torch.log((alpha + unstored[some]) / total).to(self.log_stored)
-        del self._counts, self._n, self._sum, self._squares
+        del self._counts, self._moments
 
     def practise(self, generator: torch.Generator) -> None:
         self.start()
