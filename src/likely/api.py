@@ -1,0 +1,759 @@
+"""From the user's data to a trained model, and from the model back to the user's data.
+
+:func:`fit` reads data, infers a schema, trains a model and gives a :class:`Fitted`; :func:`load` reads one back from
+its folder.  Everything that goes into a ``Fitted`` and comes out of it has the user's own form: a path, a DataFrame,
+an array.  The command line is a thin skin over this module.
+
+A run is a folder::
+
+    config.json            format, versions, source, split, options, results, and the model's description
+    schema.toml            how the data is read; editable
+    model.safetensors      the weights
+    reference.safetensors  nats of held-out and of training examples, which outlier ranks refer to
+    log.jsonl              one line a log entry of the training
+    state/                 what is needed to resume
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from likely import __version__, models
+from likely.contract import (
+    Binary,
+    Counts,
+    Integers,
+    Kind,
+    Model,
+    Reals,
+    Space,
+    Table,
+    Tokens,
+    Unsupported,
+    check_options,
+)
+from likely.data import Dataset, Dequantise, Preprocessed, Schema, Split, infer_schema, split
+from likely.data.columns import Encoder, TextCells, Where, spell
+from likely.data.sources import EMBEDDED
+from likely.data.tables import TableForm
+from likely.evaluation import Evaluation, column_nats, evaluate, held_out, tail_probability
+from likely.evaluation.heldout import ExampleNoise, default_batch_size, device_batches, evaluating
+from likely.noise import KeyedNoise
+from likely.training import TrainOptions, TrainResult, load_weights, save_weights, train
+from likely.training.checkpoints import load_tensors, save_tensors, write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Version of a run's folder.
+FORMAT = 1
+#: Examples of the held-out and of the training set each whose nats are kept with the run.
+REFERENCE_EXAMPLES = 10_000
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Fitting
+# --------------------------------------------------------------------------------------------------------------
+
+
+def fit(
+    data: Any,
+    model: str | Model = "vae",
+    *,
+    out: str | Path | None = None,
+    given: str | Sequence[str] | None = None,
+    schema: Schema | str | Path | Mapping[str, Any] | None = None,
+    read: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    valid_fraction: float = 0.1,
+    test_fraction: float = 0.0,
+    overwrite: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> Fitted:
+    """Fit a model to data: infer the schema, split, train, keep the best held-out weights.
+
+    Args:
+        data: a path, DataFrame, array, or the name of one of scikit-learn's sets; see :func:`likely.data.infer_schema`.
+        model: name of a model (``likely models`` lists them) or a model over the data's space.
+        out: folder of the run; None keeps nothing on disk.
+        given: columns, or ``label``, that the model is conditioned on.
+        schema: a schema, or a TOML file or mapping whose entries override the inferred ones.
+        read: options of the reader, such as ``{"delimiter": ";"}``.
+        seed: of the split, the initial weights and the training.
+        valid_fraction: share of the examples held out for early stopping.
+        test_fraction: share of the examples kept aside for :meth:`Fitted.evaluate`.
+        overwrite: whether a run in ``out`` may be replaced.
+        progress: whether to show how training goes, on standard error.
+        callbacks: see :func:`likely.training.train`.
+        **options: the model's options and those of :class:`~likely.training.TrainOptions`, by name.
+
+    Returns:
+        The fitted model with its schema.
+
+    Raises:
+        ValueError: data, schema or an option is at fault; the message names file, row, column or option.
+
+    >>> from sklearn.datasets import load_iris
+    >>> fitted = fit(load_iris().data, "gaussian", progress=False)
+    >>> fitted.score_samples(load_iris().data[:2]).shape
+    (2,)
+    """
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        _claim(folder, overwrite)
+    model_options, train_options = _split_options(model, options, seed)
+    names = [given] if isinstance(given, str) else list(given or ())
+    found = schema if isinstance(schema, Schema) else _infer(data, schema, names, read)
+    dataset = found.read(data, cache=None if folder is None else folder / "cache", **_file_options(read))
+    parts = split(len(dataset), {"valid": valid_fraction, "test": test_fraction}, seed=seed)
+    built = (
+        model
+        if isinstance(model, Model)
+        else build_model(model, found.space, found.condition_space, seed, model_options)
+    )
+    record = {
+        "format": FORMAT,
+        "state": "training",
+        "likely": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": str(data) if isinstance(data, (str, Path)) else None,
+        "examples": {"all": len(dataset), **{name: len(index) for name, index in parts.indices.items()}},
+        "read": dict(read or {}),
+        "split": parts.to_json(),
+        "seed": seed,
+        "training": train_options.to_json(),
+        **models.describe(built),
+    }
+    fitted = Fitted(found, built, record, folder)
+    if folder is not None:
+        fitted._write_record()
+    return _train(fitted, dataset, parts.indices, train_options, progress, callbacks, resume=False)
+
+
+def resume(run: str | Path, data: Any = None, *, progress: bool = True, callbacks: Sequence[Any] = ()) -> Fitted:
+    """Go on with a run that was stopped, to the bits of a run that was never stopped.
+
+    Args:
+        run: the run's folder.
+        data: the data it was fitted to; by default the recorded source.
+        progress: whether to show how training goes, on standard error.
+        callbacks: see :func:`likely.training.train`.
+
+    Raises:
+        ValueError: no run is in the folder, or the data are not those the run began with.
+    """
+    fitted = load(run, weights=False)
+    record = fitted.record
+    if record["state"] == "finished":
+        return load(run)
+    source = data if data is not None else record["source"]
+    if source is None:
+        raise ValueError(f"{run}: the run was fitted to data in memory; pass them as data=")
+    dataset = fitted.schema.read(source, cache=Path(run) / "cache", **_file_options(record["read"]))
+    parts = _split_as_recorded(dataset, record, str(source))
+    options = TrainOptions(**record["training"])
+    return _train(fitted, dataset, parts, options, progress, callbacks, resume=True)
+
+
+def load(run: str | Path, *, weights: bool = True) -> Fitted:
+    """Read a run from its folder.
+
+    Args:
+        run: the folder given to ``fit(out=...)`` or ``Fitted.save``.
+        weights: whether the weights must be there (they are, once a run has finished).
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: it was written by a newer version, is damaged, or has no finished model.
+    """
+    folder = Path(run)
+    try:
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder}: expected the folder of a run, found no config.json in it") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'}: damaged, not JSON (line {error.lineno})") from None
+    if not isinstance(record, dict) or "format" not in record or "model" not in record:
+        raise ValueError(f"{folder / 'config.json'}: expected the configuration of a run")
+    if record["format"] > FORMAT:
+        raise ValueError(
+            f"{folder}: written in format {record['format']} by likely {record.get('likely')}; this is "
+            f"likely {__version__}, which reads formats up to {FORMAT}: upgrade it"
+        )
+    schema = Schema.from_toml((folder / "schema.toml").read_text(encoding="utf-8"))
+    model = models.build({key: record[key] for key in ("model", "space", "condition", "options")})
+    path = folder / "model.safetensors"
+    if path.exists():
+        load_weights(model, path)
+    elif weights:
+        raise ValueError(f"{folder}: the run has no finished model yet; go on with `likely resume {folder}`")
+    return Fitted(schema, model.eval(), record, folder)
+
+
+def build_model(
+    name: str,
+    space: Space,
+    condition: Space | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> Model:
+    """An untrained model by name, over a space; a model of densities is put behind dequantisation where it must be.
+
+    Args:
+        seed: of the initial weights; the global random state is left alone.
+
+    Raises:
+        Unsupported: the model is not defined on the space or takes no condition; the message names models that fit.
+    """
+    cls = models.find(name)
+    check_options(cls, dict(options or {}))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if condition is not None and not cls.conditional:
+            able = ", ".join(other for other in models.names() if models.find(other).conditional)
+            raise Unsupported(f"given: model {name!r} takes no condition; models that do: {able}")
+        arguments = (space, condition) if cls.conditional else (space,)
+        if isinstance(space, cls.spaces):
+            return cls(*arguments, **dict(options or {}))
+        if Reals in cls.spaces and isinstance(space, (Binary, Integers, Counts)):
+            inner = cls(Reals(space.shape), *arguments[1:], **dict(options or {}))
+            return Preprocessed(inner, Dequantise(space))
+    able = ", ".join(other for other in models.names() if isinstance(space, models.find(other).spaces))
+    raise Unsupported(f"model: {name!r} is not defined on {type(space).__name__} data; models that are: {able}")
+
+
+def _split_options(model: str | Model, options: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], TrainOptions]:
+    """Options by name, sorted into the model's and the training's; an unknown one is refused."""
+    training = {field.name for field in fields(TrainOptions)} - {"seed"}
+    own: set[str] = set()
+    if isinstance(model, str):
+        own = set(inspect.signature(models.find(model)).parameters) - {"space", "condition"}
+    unknown = [key for key in options if key not in training and key not in own]
+    if unknown:
+
+        def both(**_: Any) -> None: ...
+
+        title = model if isinstance(model, str) else model.name()
+        names = [*sorted(own), *sorted(training)]
+        both.__name__ = f"model {title!r}"
+        both.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in names]
+        )
+        check_options(both, {key: options[key] for key in unknown})
+    chosen = TrainOptions(seed=seed, **{key: value for key, value in options.items() if key in training})
+    return {key: value for key, value in options.items() if key in own}, chosen
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What was fitted
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model says of rows, one value an example.
+
+    Args:
+        kind: what ``nats`` is: ``exact``, ``lower bound`` or ``estimate``.
+        nats: log-likelihood, nats, shape ``(n,)``; high is normal.
+        tail: share of the held-out examples of the fit that are no likelier (a conformal p-value), shape ``(n,)``;
+            small is an outlier.
+        column_nats: what each cell adds to ``nats``, shape ``(n, cells)``, or None where the model does not say.
+        columns: names of the cells.
+        excess: how many nats less likely each cell is than the column's cells usually are, as ``column_nats``.
+    """
+
+    kind: Kind
+    nats: np.ndarray
+    tail: np.ndarray
+    column_nats: np.ndarray | None = None
+    columns: tuple[str, ...] = ()
+    excess: np.ndarray | None = None
+
+    def reasons(self, most: int = 3) -> list[str]:
+        """For each example the columns that made it least likely, with their excess in nats."""
+        if self.excess is None:
+            return [""] * len(self.nats)
+        out = []
+        for row in self.excess:
+            order = [j for j in np.argsort(-row, kind="stable")[:most] if row[j] > 0]
+            out.append("; ".join(f"{self.columns[j]} (+{row[j]:.1f})" for j in order))
+        return out
+
+    def to_frame(self) -> pd.DataFrame:
+        """A DataFrame: nats, tail probability, reasons, and a column of nats for each cell of a table."""
+        import pandas as pd
+
+        data: dict[str, Any] = {"nats": self.nats, "tail_probability": self.tail}
+        if self.column_nats is not None:
+            data["unlikely_because"] = self.reasons()
+            for j, name in enumerate(self.columns):
+                data[f"nats:{name}"] = self.column_nats[:, j]
+        return pd.DataFrame(data)
+
+
+class Fitted:
+    """A trained model with the schema of its data.
+
+    Args:
+        schema: how the user's data becomes tensors and back.
+        model: the trained model, in eval mode.
+        record: the content of ``config.json``.
+        folder: the run's folder, or None while it is only in memory.
+    """
+
+    def __init__(self, schema: Schema, model: Model, record: dict[str, Any], folder: Path | None = None) -> None:
+        self.schema, self.model, self.record, self.folder = schema, model, record, folder
+        self.result: TrainResult | None = None
+        self._reference: dict[str, Tensor] = {}
+        self._data: tuple[Dataset, Mapping[str, Tensor]] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Fitted {self.model.name()} over {type(self.schema.space).__name__}{self.schema.space.shape}>"
+
+    # Numbers -------------------------------------------------------------------------------------------------
+
+    def score_samples(self, data: Any, *, seed: int = 0, read: Mapping[str, Any] | None = None) -> np.ndarray:
+        """Log-likelihood of each example in nats, or the model's bound on it: shape ``(n,)``; high is normal."""
+        dataset = self.schema.read(data, **dict(read or {}))
+        return held_out(self.model, dataset, seed=seed).example_nats.numpy()
+
+    def score(self, data: Any, *, seed: int = 0, read: Mapping[str, Any] | None = None) -> float:
+        """Mean log-likelihood of the examples in nats, or of the bound on it."""
+        return float(self.score_samples(data, seed=seed, read=read).mean())
+
+    def scores(
+        self,
+        data: Any,
+        *,
+        seed: int = 0,
+        columns: bool = True,
+        read: Mapping[str, Any] | None = None,
+    ) -> Scores:
+        """Log-likelihood, outlier rank and, for tables, the columns that made each row unlikely.
+
+        Args:
+            data: rows in the form of the fitted data.
+            columns: whether to ask for the contribution of each column (tables only).
+        """
+        dataset = self.schema.read(data, **dict(read or {}))
+        found = held_out(self.model, dataset, seed=seed)
+        reference = self._references()
+        tail = tail_probability(reference["held_out_nats"], found.example_nats).numpy()
+        result = Scores(found.kind, found.example_nats.numpy(), tail)
+        if not columns or not isinstance(dataset.space, Table) or not self.model.can("column_nats"):
+            return result
+        cells = column_nats(self.model, dataset, seed=seed)
+        usual = reference.get("usual_column_nats", cells.nanmean(0))
+        names = tuple(column.name for column in dataset.space.columns)
+        excess = torch.where(torch.isnan(dataset.x), 0.0, usual - cells)
+        return replace(result, column_nats=cells.numpy(), columns=names, excess=excess.numpy())
+
+    def evaluate(
+        self,
+        data: Any = None,
+        *,
+        samples: int | None = None,
+        seed: int = 0,
+        baselines: bool = True,
+        classic: bool = True,
+        batch_size: int | None = None,
+        read: Mapping[str, Any] | None = None,
+        progress: Any = None,
+    ) -> Evaluation:
+        """Held-out nats and bits with standard error and kind, beside baselines and classic compressors.
+
+        Args:
+            data: held-out data; by default the part that the fit kept aside (``test_fraction``), or else the part
+                it used for early stopping.
+            samples: number of importance samples of the tighter bound, for models with latent variables.
+            seed: of the noise of the evaluation.
+            baselines: whether to fit ``independent`` and ``gaussian`` to the training data.
+            classic: whether to measure zlib, xz, … on the same examples.
+            batch_size: examples at a time; it changes speed and memory, not the value.
+            progress: called with stage, done and all.
+        """
+        dataset = self.schema.read(data, **dict(read or {})) if data is not None else self._part("test", "valid")
+        train_set = self._part("train", optional=True) if baselines else None
+        raw, frame = self._as_kept(dataset) if classic else (None, None)
+        return evaluate(
+            self.model,
+            dataset,
+            name=self.model.name(),
+            train_set=train_set,
+            samples=samples,
+            seed=seed,
+            batch_size=batch_size,
+            baselines=baselines,
+            classic=classic,
+            raw=raw,
+            frame=frame,
+            progress=progress,
+        )
+
+    # Data out ------------------------------------------------------------------------------------------------
+
+    def sample(self, n: int, *, seed: int = 0, where: Mapping[str, Any] | None = None) -> Any:
+        """``n`` examples in the user's own form: a DataFrame, an array, texts.
+
+        Args:
+            seed: the same seed gives the same examples.
+            where: values of columns: of those the model was conditioned on (all of them are needed then), or of any
+                others of a table, which are drawn given these by importance resampling.
+
+        Raises:
+            ValueError: a column or value is unknown, or the condition is not complete.
+        """
+        x, condition = self._sample(n, seed, dict(where or {}))
+        return self.schema.to_user(x, condition)
+
+    def _sample(self, n: int, seed: int, where: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        if n < 1:
+            raise ValueError(f"n: expected at least one example, got {n}")
+        noise = KeyedNoise(seed, torch.arange(n))
+        condition = self._condition(where, n)
+        with evaluating(self.model) as device, torch.no_grad():
+            condition_there = None if condition is None else condition.to(device)
+            if not where:
+                x = (
+                    self.model.sample(n, condition_there, noise)
+                    if condition is not None
+                    else self.model.sample(n, noise=noise)
+                )
+                return x.cpu(), condition
+            if not isinstance(self.schema.space, Table):
+                raise ValueError(f"where: this data has no columns, got {', '.join(where)}")
+            if not self.model.can("impute"):
+                raise ValueError(f"where: model {self.model.name()!r} cannot draw some columns given others")
+            row = self._partial_row(where)
+            pieces = []
+            for start in range(0, n, 100):
+                size = min(100, n - start)
+                keys = KeyedNoise(seed, torch.arange(start, start + size))
+                part = None if condition_there is None else condition_there[start : start + size]
+                drawn = self.model.impute(row.expand(size, -1).to(device), part, keys, draws=1)[0]  # type: ignore[operator]
+                pieces.append(drawn.cpu())
+            return torch.cat(pieces), condition
+
+    def impute(
+        self,
+        data: Any,
+        *,
+        draws: int = 0,
+        seed: int = 0,
+        read: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The data with its missing cells filled; observed cells stay as they are.
+
+        Args:
+            data: rows in the form of the fitted data, with holes in any column.
+            draws: 0 for the single best values (means of numbers, modes of categories), m for a list of m multiple
+                imputations, drawn from the model.
+            seed: of the draws, and of the samples behind the best values.
+        """
+        filled, condition = self._impute(data, draws, seed, read)
+        results = [self.schema.to_user(x, condition) for x in filled]
+        return results if draws else results[0]
+
+    def _impute(
+        self, data: Any, draws: int, seed: int, read: Mapping[str, Any] | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        if draws < 0:
+            raise ValueError(f"draws: expected 0 or more, got {draws}")
+        if not self.model.can("impute"):
+            able = ", ".join(name for name in models.names() if hasattr(models.find(name), "impute"))
+            raise ValueError(f"model {self.model.name()!r} cannot impute; models that can: {able}")
+        dataset = _with_holes(self.schema).read(data, **dict(read or {}))
+        results: list[list[Tensor]] = [[] for _ in range(max(draws, 1))]
+        with evaluating(self.model) as device:
+            for _, x, condition in device_batches(dataset, 64, device):
+                noise = ExampleNoise(seed, x, condition)
+                filled = self.model.impute(x, condition, noise, draws=draws)  # type: ignore[operator]
+                for result, part in zip(results, filled if draws else [filled]):
+                    result.append(part.cpu())
+        return [torch.cat(parts) for parts in results], dataset.condition
+
+    def transform(self, data: Any, *, read: Mapping[str, Any] | None = None) -> np.ndarray:
+        """Mean embedding of each example, deterministic: shape ``(n, latent_dim)``, float32."""
+        if not self.model.can("encode"):
+            able = ", ".join(name for name in models.names() if hasattr(models.find(name), "encode"))
+            raise ValueError(f"model {self.model.name()!r} has no embedding; models that have: {able}")
+        dataset = self.schema.read(data, **dict(read or {}))
+        return self._encode(dataset).numpy()
+
+    def _encode(self, dataset: Dataset) -> Tensor:
+        with evaluating(self.model) as device:
+            parts = [
+                self.model.encode(x, condition).float().cpu()  # type: ignore[operator]
+                for _, x, condition in device_batches(dataset, default_batch_size(dataset.space), device)
+            ]
+        return torch.cat(parts)
+
+    def write_samples(self, path: str | Path, n: int, *, seed: int = 0, where: Mapping[str, Any] | None = None) -> None:
+        """Write :meth:`sample` as a file of the fitted data's own kind (``"-"`` is standard output)."""
+        x, condition = self._sample(n, seed, dict(where or {}))
+        self.schema.write(x, path, condition)
+
+    def write_imputed(
+        self, data: Any, path: str | Path, *, draws: int = 0, seed: int = 0, read: Mapping[str, Any] | None = None
+    ) -> list[Path]:
+        """Write :meth:`impute`; m draws go to m files, numbered before the suffix.  Returns the files written."""
+        filled, condition = self._impute(data, draws, seed, read)
+        target = Path(path)
+        if draws < 2:
+            self.schema.write(filled[0], path, condition)
+            return [target]
+        if str(path) == "-":
+            raise ValueError(f"draws: {draws} imputations need a file name, not standard output")
+        stem, suffixes = target.name.split(".", 1) if "." in target.name else (target.name, "")
+        files = [target.with_name(f"{stem}-{k + 1}" + (f".{suffixes}" if suffixes else "")) for k in range(draws)]
+        for x, file in zip(filled, files):
+            self.schema.write(x, file, condition)
+        return files
+
+    # The run -------------------------------------------------------------------------------------------------
+
+    def info(self) -> dict[str, Any]:
+        """What was fitted, to what, and how it went, as JSON values."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return {
+            "model": self.model.name(),
+            "options": self.record["options"],
+            "parameters": parameters,
+            "space": self.record["space"],
+            "condition": self.record["condition"],
+            "state": self.record["state"],
+            "source": self.record["source"],
+            "examples": self.record["examples"],
+            "seed": self.record["seed"],
+            "results": self.record.get("results"),
+            "created": self.record["created"],
+            "likely": self.record["likely"],
+            "torch": self.record["torch"],
+        }
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the run to a folder, which :func:`load` reads back; JSON, TOML and safetensors, no pickle."""
+        target = Path(folder)
+        _claim(target, overwrite)
+        reference = self._references(optional=True)
+        previous, self.folder = self.folder, target
+        self._write_record()
+        save_weights(self.model, target / "model.safetensors")
+        if reference:
+            save_tensors(reference, target / "reference.safetensors")
+        if previous is not None and (previous / "log.jsonl").exists():
+            (target / "log.jsonl").write_bytes((previous / "log.jsonl").read_bytes())
+        return target
+
+    def history(self) -> list[dict[str, Any]]:
+        """The records of the training log, oldest first; empty for a run that was only in memory."""
+        path = None if self.folder is None else self.folder / "log.jsonl"
+        if path is None or not path.exists():
+            return [] if self.result is None else self.result.history
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def _write_record(self) -> None:
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.record, indent=2, ensure_ascii=False) + "\n"
+        for name, content in (("schema.toml", self.schema.to_toml()), ("config.json", text)):
+            _write_text(self.folder / name, content)
+
+    def _references(self, optional: bool = False) -> dict[str, Tensor]:
+        if not self._reference and self.folder is not None and (self.folder / "reference.safetensors").exists():
+            self._reference = load_tensors(self.folder / "reference.safetensors")
+        if not self._reference and not optional:
+            raise ValueError("the run keeps no reference scores; it was stopped before its end")
+        return self._reference
+
+    def _keep_reference(self, dataset: Dataset, parts: Mapping[str, Tensor]) -> None:
+        """Score some held-out and training examples, for outlier ranks and for what is usual in a column."""
+        valid = "valid" if len(parts["valid"]) else "train"
+        for name, part in (("held_out_nats", valid), ("train_nats", "train")):
+            some = dataset.subset(parts[part][:REFERENCE_EXAMPLES])
+            self._reference[name] = held_out(self.model, some).example_nats
+        if isinstance(dataset.space, Table) and self.model.can("column_nats"):
+            some = dataset.subset(parts[valid][:REFERENCE_EXAMPLES])
+            cells = column_nats(self.model, some)
+            cells = torch.where(torch.isnan(some.x), torch.nan, cells)
+            self._reference["usual_column_nats"] = torch.nan_to_num(cells.nanmean(0))
+
+    def _part(self, *names: str, optional: bool = False) -> Dataset:
+        """The first of the named parts of the fitted data that is not empty, read again from its source if need be."""
+        if self._data is None:
+            source = self.record["source"]
+            if source is None or not _readable(source):
+                if optional:
+                    return None  # type: ignore[return-value]
+                gone = f"{source} is not there any more" if source else "the run was fitted to data in memory"
+                raise ValueError(f"data: pass the data to evaluate; {gone}")
+            cache = None if self.folder is None else self.folder / "cache"
+            dataset = self.schema.read(source, cache=cache, **_file_options(self.record["read"]))
+            self._data = dataset, _split_as_recorded(dataset, self.record, source)
+        dataset, parts = self._data
+        for name in names:
+            if len(parts[name]):
+                return dataset.subset(parts[name])
+        raise ValueError("data: the fit held no examples out; pass the data to evaluate")
+
+    def _as_kept(self, dataset: Dataset) -> tuple[bytes | None, Any]:
+        """The examples of a table or of texts as the user keeps them: bytes of the file, and a DataFrame."""
+        if not isinstance(dataset.space, (Table, Tokens)):
+            return None, None
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "held-out"
+            self.schema.write(dataset.x, path, dataset.condition)
+            raw = path.read_bytes()
+        frame = self.schema.to_user(dataset.x, dataset.condition) if isinstance(dataset.space, Table) else None
+        return raw, frame
+
+    # Values named by a user ------------------------------------------------------------------------------------
+
+    def _condition(self, where: dict[str, Any], n: int) -> Tensor | None:
+        """Take the condition's columns out of ``where``: shape ``(n, columns)``, or None."""
+        space = self.schema.condition_space
+        if not isinstance(space, Table):
+            return None
+        absent = [column.name for column in space.columns if column.name not in where]
+        if absent:
+            raise ValueError(f"where: the model is conditional on {', '.join(absent)}; give a value to each")
+        values = [self._cell(column.name, where.pop(column.name)) for column in space.columns]
+        return torch.tensor(values, dtype=torch.float64).expand(n, -1)
+
+    def _partial_row(self, where: Mapping[str, Any]) -> Tensor:
+        """One row with the named cells and holes elsewhere: shape ``(1, columns)``."""
+        assert isinstance(self.schema.space, Table)
+        names = [column.name for column in self.schema.space.columns]
+        row = torch.full((1, len(names)), torch.nan, dtype=torch.float64)
+        for name, value in where.items():
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"where: no column {name!r}{hint} (columns: {', '.join(names)})")
+            row[0, names.index(name)] = self._cell(name, value)
+        return row
+
+    def _cell(self, name: str, value: Any) -> float:
+        """Code or value of a cell named by a user."""
+        form = self.schema.form
+        columns = {column.name: column for column in (*getattr(form, "columns", ()), *getattr(form, "given", ()))}
+        text = spell(value) if isinstance(value, float) else str(value)
+        encoder = Encoder(replace(columns[name], missing=False), ())
+        return float(encoder.encode(TextCells([text]), Where("where"))[0])
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Parts
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    fitted: Fitted,
+    dataset: Dataset,
+    parts: Mapping[str, Tensor],
+    options: TrainOptions,
+    progress: bool,
+    callbacks: Sequence[Any],
+    resume: bool,
+) -> Fitted:
+    """Train, keep the reference scores, and close the record."""
+    folder = fitted.folder
+    valid = dataset.subset(parts["valid"]) if len(parts["valid"]) else None
+    result = train(
+        fitted.model,
+        dataset.subset(parts["train"]),
+        valid,
+        options,
+        run=folder,
+        resume=resume,
+        callbacks=callbacks,
+        progress=progress,
+    )
+    fitted.result = result
+    fitted.model.eval()
+    fitted._data = dataset, parts
+    fitted._keep_reference(dataset, parts)
+    fitted.record["results"] = result.to_json()
+    fitted.record["state"] = "finished"
+    if folder is not None:
+        save_tensors(fitted._reference, folder / "reference.safetensors")
+        fitted._write_record()
+    return fitted
+
+
+def _infer(data: Any, override: Any, given: list[str], read: Mapping[str, Any] | None) -> Schema:
+    options = dict(read or {})
+    if given:
+        options["given"] = given
+    return infer_schema(data, schema=override, **options)
+
+
+def _file_options(read: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of the reader's options those that the schema does not keep: how to recognise the file."""
+    return {key: value for key, value in dict(read or {}).items() if key in ("format", "memory_limit")}
+
+
+def _split_as_recorded(dataset: Dataset, record: Mapping[str, Any], source: str) -> Mapping[str, Tensor]:
+    """The split of the run; refuses data that are not those the run began with."""
+    expected = record["examples"]["all"]
+    if len(dataset) != expected:
+        raise ValueError(f"{source}: the run was fitted to {expected} examples, and this has {len(dataset)}")
+    return Split.from_json(record["split"]).indices
+
+
+def _claim(folder: Path, overwrite: bool) -> None:
+    """Make sure that a run may be written to ``folder``."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is a file; expected a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.json").exists():
+        raise ValueError(f"out: {folder} is not empty and holds no run; choose another folder")
+    if not overwrite:
+        raise ValueError(
+            f"out: {folder} holds a run already; choose another folder, `likely resume {folder}` to go on with it, "
+            "or overwrite it (overwrite=True, --overwrite)"
+        )
+    for name in ("config.json", "schema.toml", "model.safetensors", "reference.safetensors", "log.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("state", "cache", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _with_holes(schema: Schema) -> Schema:
+    """The schema with missing cells allowed in every column."""
+    form = schema.form
+    if isinstance(form, TableForm):
+        columns = tuple(c if c.role == "ignore" else replace(c, missing=True) for c in form.columns)
+        return replace(schema, form=replace(form, columns=columns))
+    return schema
+
+
+def _readable(source: str) -> bool:
+    return source in EMBEDDED or Path(source).exists()
+
+
+def _write_text(path: Path, text: str) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
