@@ -327,7 +327,7 @@ class Log:
     def sync(self) -> int:
         """Flush to the disk and return the length in bytes."""
         self.flush()
-        if self._path is not None:
+        if self._path is not None and self._path.exists():  # it does not before the first line, nor the start
             with self._path.open("rb") as file:
                 os.fsync(file.fileno())
         return self._length
