@@ -138,7 +138,7 @@ def test_record_is_json_and_holds_every_number():
     assert math.isclose(sizes["xz -9e"]["bits"], sizes["xz -9e"]["bytes"] * 8 / (50 * 36))
     shown = text(result)
     for name in (
-        "7 importance samples",
+        "importance-weighted",
         "independent",
         "gaussian",
         "zlib -9",

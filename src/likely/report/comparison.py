@@ -156,7 +156,7 @@ def _values(column: Any, coded: bool) -> tuple[np.ndarray, np.ndarray, bool]:
         absent = np.asarray(column.isna())
         observed = column[~absent]
         if kind == "M" and not coded:  # dates, as years
-            days = observed.dt.dayofyear + (observed.dt.hour + observed.dt.minute / 60) / 24
+            days = observed.dt.day_of_year + (observed.dt.hour + observed.dt.minute / 60) / 24
             return np.asarray(observed.dt.year + (days - 1) / 365.25, dtype=np.float64), absent, True
     else:
         values = np.asarray(column)

@@ -253,8 +253,8 @@ def _reconstructions(content: ReportInput) -> dict[str, Any] | None:
         raise ValueError(f"reconstructions: expected two arrays of one shape, got {first.shape} and {second.shape}")
     if form == "image":
         tiles = _tiles(content.space, first)
-        columns = min(16, len(first))
-        number = min(2 * columns, len(first), max(columns, tiles.most // 2))
+        columns = min(16, len(first), tiles.most // 2)
+        number = min(2 * columns, len(first) - len(first) % columns, tiles.most // 2)
         number -= number % columns
         rows = [part[start : start + columns] for start in range(0, number, columns) for part in (first, second)]
         alt = f"{number} images in pairs of rows: above the data, below its reconstruction."

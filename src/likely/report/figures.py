@@ -138,12 +138,10 @@ def histogram(real: np.ndarray, sampled: np.ndarray) -> str:
     """Histograms of two samples of numbers over the same bins, the outermost of which take in all beyond."""
     values = np.concatenate([real, sampled])
     distinct = np.unique(values)
-    if len(distinct) <= 25 and len(distinct) > 1:
-        step = np.diff(distinct).min()
+    step = np.diff(distinct).min() if 1 < len(distinct) <= 25 else 0.0
+    if step > 0 and distinct[-1] - distinct[0] <= 60 * step:  # few values on a grid: a bar each
         edges = np.arange(distinct[0] - step / 2, distinct[-1] + step, step)
     else:
-        edges = np.array([])
-    if not 1 < len(edges) <= 60:
         low, high = np.quantile(real, [0.005, 0.995])
         low, high = (low, high) if high > low else (values.min(), values.max())
         low, high = (low, high) if high > low else (low - 0.5, low + 0.5)
