@@ -32,6 +32,7 @@ from likely.distributions.counts import Multinomial, NegativeBinomial
 from likely.distributions.logistic import DiscretizedLogisticMixture, GridLogisticMixture
 from likely.distributions.normal import Normal, StudentT
 from likely.distributions.protocol import Distribution
+from likely.networks.linear import Linear
 from likely.networks.mlp import full_precision, glorot
 from likely.noise import Noise
 
@@ -56,7 +57,7 @@ class Head(nn.Module):
             self.output: nn.Module = nn.Conv2d(context_shape[0], space.shape[0] * per_cell, 1, bias=False)
             self.bias = nn.Parameter(torch.zeros(*space.shape, per_cell))
         else:
-            self.output = glorot(nn.Linear(context_shape[0], space.dims * per_cell))
+            self.output = glorot(Linear(context_shape[0], space.dims * per_cell))
 
     def parameters_of(self, context: Tensor) -> Tensor:
         """Numbers of the likelihood: shape ``(*lead, *space.shape, per_cell)``, or without the last axis if it is 1."""
@@ -344,7 +345,7 @@ class TableHead(Head):
         self.register_buffer("has_atom", torch.zeros(len(columns), slots, dtype=torch.bool))
         self.per_column = 3 * components + slots
         outputs = sum(self.levels) + len(columns) * self.per_column
-        self.output = glorot(nn.Linear(context_shape[0], outputs))
+        self.output = glorot(Linear(context_shape[0], outputs))
 
     @torch.no_grad()
     def set_atoms(self, values: Tensor) -> None:

@@ -42,7 +42,7 @@ from likely.contract import (
 from likely.distributions import Distribution, Normal, head, likelihoods
 from likely.distributions.categorical import sample_categories
 from likely.distributions.heads import TableHead
-from likely.networks import Features, decoder, encoder, full_precision
+from likely.networks import Features, Linear, decoder, encoder, full_precision
 from likely.noise import Noise
 
 
@@ -126,7 +126,7 @@ class VAE(Model):
         self.condition_features = Features(condition) if condition is not None else None
         width = math.prod(self.condition_features.shape) if self.condition_features is not None else 0
         self.encoder = encoder(network, self.features.shape, width, widths, activation, dropout, blocks)
-        self.posterior_head = nn.Linear(self.encoder.out_features, 2 * latent_dim)  # type: ignore[arg-type]
+        self.posterior_head = Linear(self.encoder.out_features, 2 * latent_dim)  # type: ignore[arg-type]
         nn.init.xavier_uniform_(self.posterior_head.weight)
         nn.init.zeros_(self.posterior_head.bias)
         self.decoder = decoder(network, latent_dim + width, space.shape, widths, activation, dropout, blocks)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from likely.networks.convolution import ConvDecoder, ConvEncoder
 from likely.networks.features import Features
+from likely.networks.linear import Linear
 from likely.networks.mlp import MLP, ResidualMLP, full_precision, make_activation
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ConvDecoder",
     "ConvEncoder",
     "Features",
+    "Linear",
     "ResidualMLP",
     "decoder",
     "encoder",

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from likely.networks.linear import Linear
 from likely.networks.mlp import glorot, make_activation
 
 Layers = TypeVar("Layers", bound=nn.Module)
@@ -76,7 +77,7 @@ class ConvEncoder(nn.Module):
             channels = size
         self.convolutions = _channels_last(nn.Sequential(*layers, make_activation(activation)))
         flat = channels * _halved(height, len(scales)) * _halved(width, len(scales))
-        self.dense = nn.Sequential(glorot(nn.Linear(flat + context_features, dense)), make_activation(activation))
+        self.dense = nn.Sequential(glorot(Linear(flat + context_features, dense)), make_activation(activation))
         self.out_features = dense
 
     def forward(self, features: Tensor, context: Tensor | None = None) -> Tensor:
@@ -112,9 +113,9 @@ class ConvDecoder(nn.Module):
         self.sizes = [(_halved(height, t), _halved(width, t)) for t in range(len(scales), -1, -1)]
         self.start = (scales[-1], *self.sizes[0])
         self.dense = nn.Sequential(
-            glorot(nn.Linear(in_features, dense)),
+            glorot(Linear(in_features, dense)),
             make_activation(activation),
-            glorot(nn.Linear(dense, math.prod(self.start))),
+            glorot(Linear(dense, math.prod(self.start))),
         )
         finest = max(scales[0] // 2, 1)
         stages = []

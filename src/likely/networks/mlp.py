@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from likely.networks.linear import Linear
+
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "elu": nn.ELU,
@@ -36,7 +38,7 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = []
         width = in_features
         for size in hidden:
-            layers += [glorot(nn.Linear(width, size)), make_activation(activation)]
+            layers += [glorot(Linear(width, size)), make_activation(activation)]
             if dropout:
                 layers.append(nn.Dropout(dropout))
             width = size
@@ -56,13 +58,13 @@ class ResidualMLP(nn.Module):
         if len(set(hidden)) != 1:
             raise ValueError(f"hidden: a residual network has blocks of one width, got {tuple(hidden)}")
         width = hidden[0]
-        self.first = glorot(nn.Linear(in_features, width))
+        self.first = glorot(Linear(in_features, width))
         self.blocks = nn.ModuleList()
         for _ in hidden:
-            last = glorot(nn.Linear(width, width))
+            last = glorot(Linear(width, width))
             nn.init.zeros_(last.weight)
             drop = nn.Dropout(dropout) if dropout else nn.Identity()
-            hidden_layer = glorot(nn.Linear(width, width))
+            hidden_layer = glorot(Linear(width, width))
             self.blocks.append(
                 nn.Sequential(nn.LayerNorm(width), hidden_layer, make_activation(activation), drop, last)
             )

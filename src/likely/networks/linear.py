@@ -1,0 +1,94 @@
+"""The linear layer, with the faster of PyTorch's two libraries for float32 matrix products on the CPU.
+
+PyTorch multiplies float32 matrices with MKL, which uses half the width of an AMD processor's vector unit.  PyTorch also
+brings oneDNN, which uses all of it: on one core of a Zen 5 it multiplies at 200 GFLOP/s where MKL reaches 100, in the
+same float32 arithmetic (see benchmarks/vae_throughput.py).  Which library serves a product depends on the processor
+and on the product's size alone, so that a run can be repeated to the bit.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+
+def _prefers_onednn() -> bool:
+    """Whether this is an AMD processor with AVX-512, and a PyTorch that has oneDNN's linear layer."""
+    processor: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return (
+        "AMD" in str(processor.get("cpu_name"))
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+#: Whether oneDNN is the faster of the two here.
+ONEDNN = _prefers_onednn()
+#: Multiply-adds from which it is, its call being dearer by 10 µs.
+LARGE = 1 << 20
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + b, as ``nn.Linear``, whose parameters it has.
+
+    >>> layer = Linear(3, 2)
+    >>> layer(torch.ones(5, 4, 3)).shape
+    torch.Size([5, 4, 2])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if ONEDNN and x.numel() * self.out_features >= LARGE and self._is_plain(x):
+            flat = _Affine.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
+            return flat.reshape(*x.shape[:-1], self.out_features)
+        return super().forward(x)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether x and the weights are float32 on the CPU, and nothing transforms the computation.
+
+        Compilation, autocast and ``torch.func`` have rules for PyTorch's own layer only.
+        """
+        return (
+            x.dtype == self.weight.dtype == torch.float32
+            and x.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+
+class _Affine(torch.autograd.Function):
+    """x Wᵀ + b for x of shape ``(batch, in)`` and W of shape ``(out, in)``; its derivatives are such products again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            _product(gradient, weight.t()) if of_x else None,
+            _product(gradient.t(), x.t()) if of_weight else None,
+            gradient.sum(0) if of_bias else None,
+        )
+
+    @staticmethod
+    def jvp(ctx, x_tangent, weight_tangent, bias_tangent):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        terms = [
+            _product(x_tangent, weight) if x_tangent is not None else None,
+            _product(x, weight_tangent) if weight_tangent is not None else None,
+            bias_tangent,
+        ]
+        return functools.reduce(torch.add, [term for term in terms if term is not None])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ."""
+    return _Affine.apply(a, b, None)
