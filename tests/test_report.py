@@ -82,7 +82,7 @@ def digits(n=40):
 
 
 def minimal(space=SPACE, **content):
-    return minimal(space, **content)
+    return ReportInput(title="t", space=space, model="m", **content)
 
 
 @functools.cache
