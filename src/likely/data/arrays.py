@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import hashlib
 import importlib
 import json
@@ -23,7 +23,7 @@ from likely.data import images
 from likely.data.columns import Cells, Encoder, KeyCells, NumberCells, Summary, TableColumn, Where
 from likely.data.csvfile import MISSING
 from likely.data.dataset import Dataset
-from likely.data.errors import DataError, at, needs, some
+from likely.data.errors import DataError, at, check_names, needs, some
 from likely.data.sources import Source, compression, create_bytes, open_bytes
 from likely.data.store import Store, as_tensor, reuse
 
@@ -360,6 +360,24 @@ class ArrayForm:
         stretched = (values - low) / (high - low if high > low else 1.0)
         return np.rint(np.nan_to_num(np.clip(stretched, 0, 1)) * 255).astype(np.uint8)
 
+    def complete(self, source: Source, x: Tensor, path: Path | None, to_file: bool, **options: Any) -> Any:
+        """The source with its NaN cells filled from ``x``; see :meth:`likely.data.schema.Schema.complete`."""
+        check_names(options, READ_OPTIONS, "reading an array")
+        key = options.get("key") or (self.key if source.kind in ("npz", "arrays") else None)
+        array = load(source, key, (), self.size, self.channels, None).array
+        filled = self.to_array(x)
+        if array.shape != filled.shape:
+            raise DataError(f"{source.name}: expected shape {filled.shape} as x has, got {array.shape}")
+        whole = np.where(np.isnan(array), filled, array) if array.dtype.kind == "f" else array
+        if not to_file:
+            return torch.from_numpy(whole) if source.name == "tensor" else whole
+        if path is None or path.suffix.lower() != ".npz":
+            with contextlib.nullcontext(sys.stdout.buffer) if path is None else create_bytes(path) as file:
+                np.save(cast(Any, file), whole, allow_pickle=False)
+        else:
+            np.savez_compressed(path, **{self.key or "x": whole})  # type: ignore[arg-type]
+        return None
+
     # Description --------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -610,15 +628,6 @@ def _size(size: Any) -> tuple[int, int] | None:
 def _one_of(option: str, value: Any, accepted: Sequence[str]) -> None:
     if value not in accepted:
         raise DataError(f"{option}: expected one of {', '.join(map(repr, accepted))}, got {value!r}")
-
-
-def check_names(given: Mapping[str, Any], accepted: Sequence[str], what: str) -> None:
-    """Refuse an option that ``what`` does not have, with the nearest one that it has."""
-    for name, value in given.items():
-        if name not in accepted and value is not None:
-            near = difflib.get_close_matches(name, accepted, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{what} has no option {name!r}{hint} (options: {', '.join(accepted)})")
 
 
 def _chunks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

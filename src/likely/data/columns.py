@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from likely.contract import Column, ColumnKind
+from likely.data import moments as dates
 from likely.data.csvfile import INFINITE, MISSING, MISSING_AMONG_NUMBERS, NUMBER
 from likely.data.errors import DataError, at, some
 
@@ -46,6 +47,7 @@ class TableColumn:
         missing: whether a cell may be missing.
         aliases: other spellings that are read as one of the categories.
         missing_as: spelling of a missing cell when written; None takes the table's first.
+        format: how a date is spelled, as in ``strftime``; the cell's value is microseconds since 1970.
         unit: unit of measurement, for people and reports.
         label: the user's own name where it is no text (pandas) or occurs twice.
         note: what inference has to say of it.
@@ -61,6 +63,7 @@ class TableColumn:
     missing: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
     missing_as: str | None = None
+    format: str | None = None
     unit: str | None = None
     label: str | int | float | tuple[Any, ...] | None = None
     note: str | None = None
@@ -101,7 +104,9 @@ class TableColumn:
     @property
     def textual(self) -> bool:
         """Whether a cell is text in the user's file."""
-        return self.coded and not _numeric_dtype(self.dtype) and self.dtype not in ("bool", "boolean")
+        return self.format is not None or (
+            self.coded and not _numeric_dtype(self.dtype) and self.dtype not in ("bool", "boolean")
+        )
 
     @property
     def user_label(self) -> Any:
@@ -229,6 +234,7 @@ class Summary:
         self.exponent = False
         self.counter = True
         self._last: float | None = None
+        self.moments: str | None = ""  # format of the dates so far; None once some text is none of that format
         self.dtype: str | None = None
         self.categories: tuple[str, ...] | None = None
         self.ordered = False
@@ -254,6 +260,7 @@ class Summary:
     def _add_text(self, chunk: TextCells, where: Where) -> None:
         counts = Counter(chunk.cells)
         values: list[float] = []
+        moments: list[int] = []
         present: list[str] = []
         for cell, count in counts.items():
             bare = cell.strip()
@@ -277,12 +284,28 @@ class Summary:
                 self.texts += count
                 if self.first_text is None:
                     self.first_text = (where.cell(chunk.cells.index(cell), self.name), cell)
+                self._add_moment(bare, moments)
         self._remember(present)
+        if self.moments and moments and not self.numbers:
+            self._measure(np.array(moments, dtype=np.float64))
         if values:
             self._measure(np.array(values))
             if self.counter:
                 plain_cells = [c.replace(",", ".") if chunk.comma else c for c in chunk.cells]
                 self._follow(plain_cells)
+
+    def _add_moment(self, bare: str, found: list[int]) -> None:
+        if self.moments is None:
+            return
+        format_ = dates.recognise(bare)
+        if format_ is None or (self.moments and format_ != self.moments):
+            self.moments = None
+            return
+        try:
+            found.append(dates.parse(bare))
+            self.moments = format_
+        except ValueError:
+            self.moments = None
 
     def _add_spelling(self, bare: str) -> None:
         self.leading_zero |= bool(_LEADING_ZERO.match(bare))
@@ -391,6 +414,11 @@ class Summary:
         notes: list[str] = []
         if said.get("role") == "ignore":
             return TableColumn(**{"name": self.name, "kind": "categorical", "dtype": self.dtype or "str", **said})
+        moments = self.dtype is None and bool(self.moments) and self.texts > 0 and not self.numbers
+        if moments and said.get("kind", "integer") == "integer" and "categories" not in said:
+            self.dtype = "datetime64[us]"
+            said.setdefault("format", self.moments)
+            self.texts, self.numbers, self.counter = 0, self.texts, False
         if self.dtype is not None:
             numeric = self.numbers > 0
         elif said.get("kind") in ("categorical", "ordinal", "binary"):
@@ -457,7 +485,8 @@ class Summary:
             base["dtype"] = self.dtype
         few = 0
         if kind is None:
-            few = 0 if self.overflow else len({_number(key) for key in self.distinct})
+            dated = self.dtype is not None and self.dtype.startswith(("datetime", "timedelta"))
+            few = 0 if self.overflow or dated else len({_number(key) for key in self.distinct})
             if few == 1 and self.low == self.high:
                 said_levels = {"kind": "categorical", "categories": (self._plain(next(iter(self.distinct))),)}
                 base.update(said_levels)
@@ -488,6 +517,8 @@ class Summary:
         if not self.shortest and steps <= MOST_STEPS and most <= 15:
             base["resolution"] = float(f"1e-{most}")
         else:
+            if most + len(str(int(max(abs(self.low), abs(self.high))))) > 15:
+                base["decimals"] = None  # more digits than float64 keeps: the shortest form
             if kind is None and 0 < few <= _FEW and self.present >= 20 * few:
                 values = tuple(sorted({spell(_number(key)) for key in self.distinct}, key=float))
                 base.update(kind="ordinal", categories=values)
@@ -633,7 +664,9 @@ class Encoder:
         known: dict[str, float] = {}
         for cell in set(cells.cells):
             bare = cell.strip()
-            if cells.number.fullmatch(bare):
+            if self._column.format is not None:
+                known[cell] = self._parse_moment(cell, cells, where)
+            elif cells.number.fullmatch(bare):
                 known[cell] = float(bare.replace(",", ".") if cells.comma else bare)
             elif bare in self._absent:
                 known[cell] = math.nan
@@ -646,6 +679,22 @@ class Encoder:
                     f"missing=[{cell!r}, ...]"
                 )
         return np.array(list(map(known.__getitem__, cells.cells)), dtype=np.float64)
+
+    def _parse_moment(self, cell: str, cells: TextCells, where: Where) -> float:
+        bare = cell.strip()
+        if bare in self._absent:
+            return math.nan
+        try:
+            if dates.recognise(bare) is None:
+                raise ValueError("not a date")
+            return float(dates.parse(bare))
+        except ValueError as fault:
+            example = dates.spell(0, cast(str, self._column.format))
+            place = where.cell(list(cells.cells).index(cell), self._column.name)
+            raise DataError(
+                f"{place}: expected a date such as {example!r}, got {cell!r} ({fault}); mend the cell, or if it means "
+                f"missing pass missing=[{cell!r}, ...]"
+            ) from None
 
     def _encode_category(self, cells: Cells, where: Where) -> np.ndarray:
         if isinstance(cells, NumberCells):
@@ -732,6 +781,16 @@ class Encoder:
                 )
 
 
+def holes(column: TableColumn, cells: Cells, absent: Sequence[str]) -> np.ndarray:
+    """Which cells are missing, shape ``(rows,)``: a category of the column is not, however it is spelled."""
+    if isinstance(cells, NumberCells):
+        return np.isnan(cells.values)
+    known = {*(column.categories or ()), *column.aliases} if column.coded else set()
+    spellings = frozenset(absent)
+    given: Sequence[str | None] = cells.cells if isinstance(cells, TextCells) else cells.keys
+    return np.array([c is None or (c not in known and c.strip() in spellings) for c in given], dtype=bool)
+
+
 def _show(cells: Cells, values: np.ndarray, index: int) -> str:
     return repr(cells.cells[index]) if isinstance(cells, TextCells) else repr(float(values[index]))
 
@@ -769,6 +828,12 @@ def format_cells(column: TableColumn, values: np.ndarray, absent: str, comma: bo
 
 
 def _format(value: float, column: TableColumn) -> str:
+    if column.dtype.startswith("datetime"):
+        return dates.spell(round(value), column.format or dates.default_format(column.resolution or 1.0))
+    if column.dtype.startswith("timedelta"):
+        return dates.spell_span(round(value))
+    if column.decimals is None and column.dtype.lower() == "float32":
+        return str(np.float32(value))
     if column.decimals is None:
         return spell(value) if column.kind == "integer" else repr(float(value))
     least, most = column.decimals

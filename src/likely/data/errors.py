@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class DataError(ValueError):
@@ -45,3 +47,12 @@ def some(values: Iterable[object], limit: int = 8) -> str:
 def needs(extra: str, what: str) -> DataError:
     """The error for a reader whose library is not installed."""
     return DataError(f"{what} needs an optional part: pip install 'likely[{extra}]'")
+
+
+def check_names(given: Mapping[str, Any], accepted: Sequence[str], what: str) -> None:
+    """Refuse an option that ``what`` does not have, with the nearest one that it has."""
+    for name, value in given.items():
+        if name not in accepted and value is not None:
+            near = difflib.get_close_matches(name, accepted, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"{what} has no option {name!r}{hint} (options: {', '.join(accepted)})")

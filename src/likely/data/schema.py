@@ -95,6 +95,22 @@ class Schema:
         """Write a batch as the user's own kind of file; ``"-"`` is standard output."""
         self.form.write(x, None if str(path) == "-" else Path(path), condition)
 
+    def complete(
+        self, source: Any, x: Tensor, path: Path | str | None = None, *, format: str | None = None, **options: Any
+    ) -> Any:
+        """The source itself with its missing cells filled from ``x``; all else stays as it is, to the letter.
+
+        Columns that are not modelled (identifiers, surplus ones) stay too.
+
+        Args:
+            source: the data that ``x`` was read from.
+            x: the batch with every cell filled, in the order of the source.
+            path: where to write; ``"-"`` is standard output; None gives the object back (a CSV needs a path).
+            options: as for :meth:`read`.
+        """
+        target = None if path is None or str(path) == "-" else Path(path)
+        return self.form.complete(_source(source, format), x, target, path is not None, **options)
+
     def describe(self) -> str:
         """Some lines that say what was found, for people."""
         return "\n".join([*self.form.describe(), *(f"note: {note}" for note in self.notes)])

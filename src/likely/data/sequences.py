@@ -12,9 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from likely.contract import Tokens
-from likely.data.arrays import check_names
 from likely.data.dataset import Dataset
-from likely.data.errors import DataError, at
+from likely.data.errors import DataError, at, check_names
 from likely.data.sources import Source, create_bytes, open_bytes
 from likely.data.store import Store
 
@@ -153,6 +152,10 @@ class SequenceForm:
         else:
             with create_bytes(path) as file:
                 file.write(content)
+
+    def complete(self, source: Source, x: Tensor, path: Path | None, to_file: bool, **options: Any) -> None:
+        """Sequences have no missing symbols."""
+        raise DataError(f"{source.name}: sequences have no missing symbols to fill")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what is at its default is left out."""

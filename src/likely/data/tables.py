@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 from torch import Tensor
@@ -29,11 +29,13 @@ from likely.data.columns import (
     TextCells,
     Where,
     format_cells,
+    holes,
     spell,
 )
 from likely.data.csvfile import MISSING, CsvFile, CsvWriter, Dialect
 from likely.data.dataset import Dataset
-from likely.data.errors import DataError, needs, some
+from likely.data.errors import DataError, check_names, needs, some
+from likely.data.moments import DAY, SECOND
 from likely.data.sources import Source, create_bytes
 from likely.data.store import Store, reuse
 
@@ -114,7 +116,7 @@ class TableForm:
 
     def read(self, source: Source, cache: Path | None = None, limit: int | None = None, **options: Any) -> Dataset:
         """Hold a source against the columns; see :meth:`likely.data.schema.Schema.read`."""
-        _check_names(options, READ_OPTIONS, "reading a table")
+        check_names(options, READ_OPTIONS, "reading a table")
         absent = tuple(options.get("missing") or self.missing)
         table = self._open(source, options)
         places = self._match(table, options.get("extra") or self.extra)
@@ -155,16 +157,16 @@ class TableForm:
 
     def _match(self, table: TableSource, extra: str) -> dict[str, int]:
         """For the name of each column that is needed, its place in the source."""
+        places = {name: place for place, name in enumerate(table.names)}
+        absent = [c.name for c in self.columns if c.role != "ignore" and c.name not in places]
         generated = not self.dialect.header if self.container == "csv" else all(_counted(c) for c in self.columns)
-        if generated or not table.named:
+        if not table.named or (generated and absent):
             needed = len(self.columns)
             if len(table.names) != needed:
                 raise DataError(
                     f"{table.name}: expected {needed} columns, got {len(table.names)}{_delimiter_hint(table)}"
                 )
             return {column.name: place for place, column in enumerate(self.columns)}
-        places = {name: place for place, name in enumerate(table.names)}
-        absent = [c.name for c in self.columns if c.role != "ignore" and c.name not in places]
         if absent:
             near = difflib.get_close_matches(absent[0], table.names, n=1)
             hint = f"; is {near[0]!r} meant?" if near else ""
@@ -230,6 +232,79 @@ class TableForm:
             if path is not None:
                 file.close()
 
+    def complete(
+        self, source: Source, x: Tensor, path: Path | None, to_file: bool, **options: Any
+    ) -> pd.DataFrame | None:
+        """The source with its holes filled from ``x``; see :meth:`likely.data.schema.Schema.complete`."""
+        check_names(options, READ_OPTIONS, "reading a table")
+        absent = tuple(options.get("missing") or self.missing)
+        table = self._open(source, options)
+        places = self._match(table, options.get("extra") or self.extra)
+        self.space.validate(x.detach().cpu(), "x")
+        values = x.detach().cpu().double().numpy()
+        parquet = path is not None and path.suffix.lower() in (".parquet", ".pq")
+        if isinstance(table, CsvTable) and to_file and not parquet:
+            self._complete_csv(table, places, values, absent, path)
+            return None
+        pd = _pandas("a DataFrame")
+        if isinstance(table, FrameTable):
+            frame = table.frame.copy()
+        elif isinstance(table, ParquetTable):
+            frame = pd.read_parquet(source.path)
+        else:
+            raise DataError(f"{source.name}: expected a DataFrame or an output file for a CSV source")
+        start = 0
+        gaps: dict[str, list[np.ndarray]] = {column.name: [] for column in self.modelled}
+        for _, cells in table.chunks():
+            for column in self.modelled:
+                gaps[column.name].append(holes(column, cells[places[column.name]], absent))
+            start += len(cells[0])
+        _same_rows(source.name, start, values)
+        for j, column in enumerate(self.modelled):
+            gap = np.concatenate(gaps[column.name])
+            if gap.any():
+                place = places[column.name]
+                old = frame.iloc[:, place]
+                new = _series(pd, column, np.where(gap, values[:, j], np.nan)).set_axis(frame.index)
+                frame.isetitem(place, cast(Any, old.astype(object).where(~gap, new).astype(old.dtype)))
+        if not to_file:
+            return frame
+        if parquet:
+            frame.to_parquet(path)
+        else:
+            frame.to_csv(sys.stdout if path is None else path, index=False)
+        return None
+
+    def _complete_csv(
+        self, table: CsvTable, places: Mapping[str, int], values: np.ndarray, absent: Sequence[str], path: Path | None
+    ) -> None:
+        """Write the rows as they were spelled, with the missing cells filled."""
+        dialect = table.file.dialect
+        comma = dialect.decimal == ","
+        textual = [False] * len(table.names)
+        for column in self.columns:
+            if column.name in places:
+                textual[places[column.name]] = column.textual
+        file = sys.stdout.buffer if path is None else create_bytes(path)
+        start = 0
+        try:
+            writer = CsvWriter(file, dialect, textual)
+            writer.header([str(label) for label in table.labels])
+            for _, cells in table.chunks():
+                rows = len(cells[0])
+                _same_rows(table.name, min(start + rows, len(values) + 1), values[: start + rows])
+                out = [list(c.cells) for c in cells if isinstance(c, TextCells)]
+                for j, column in enumerate(self.modelled):
+                    place = places[column.name]
+                    gap = holes(column, cells[place], absent)
+                    filled = format_cells(column, values[start : start + rows, j], "", comma)
+                    out[place] = [new if hole else old for old, new, hole in zip(out[place], filled, gap)]
+                writer.rows(zip(*out))
+                start += rows
+        finally:
+            if path is not None:
+                file.close()
+
     # Description --------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -275,6 +350,11 @@ READ_OPTIONS = (*_DIALECT, "missing", "extra")
 INFER_OPTIONS = (*READ_OPTIONS, "names", "columns", "given", "ignore", "keep", "allow_missing")
 
 
+def _same_rows(name: str, rows: int, values: np.ndarray) -> None:
+    if rows != len(values):
+        raise DataError(f"{name}: expected {len(values)} rows as there are in x, got {rows}")
+
+
 def _describe_column(column: TableColumn) -> str:
     if column.role == "ignore":
         return f"set aside: {column.note or 'as asked'}"
@@ -284,6 +364,9 @@ def _describe_column(column: TableColumn) -> str:
             f"{len(column.categories or ())} levels ({', '.join((column.categories or ())[:4])}"
             + (", …)" if len(column.categories or ()) > 4 else ")")
         )
+    elif column.dtype.startswith(("datetime", "timedelta")):
+        about[0] = "date" if (column.resolution or 1) % DAY == 0 else "time"
+        about.append(f"resolution {(column.resolution or 1) / SECOND:g} s")
     elif column.resolution is not None:
         about.append(f"resolution {column.resolution:g}")
     else:
@@ -304,7 +387,7 @@ def infer_table(source: Source, **options: Any) -> tuple[TableForm, list[str]]:
         source: a CSV or Parquet file, or a DataFrame.
         options: see ``INFER_OPTIONS`` and docs/data.md.
     """
-    _check_names(options, INFER_OPTIONS, f"a table ({source.name})")
+    check_names(options, INFER_OPTIONS, f"a table ({source.name})")
     options = {name: value for name, value in options.items() if value is not None}
     notes: list[str] = []
     dialect = Dialect()
@@ -359,7 +442,7 @@ def _overrides(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, di
         stated = {entry["name"]: {k: v for k, v in entry.items() if k != "name"} for entry in stated}
     for name, values in stated.items():
         _known(str(name), names, "columns")
-        _check_names(values, tuple(accepted), f"column {name!r}")
+        check_names(values, tuple(accepted), f"column {name!r}")
         out[str(name)] = dict(values)
     for option, role in (("keep", "model"), ("ignore", "ignore"), ("given", "given")):
         for name in _as_list(options.get(option)) or ():
@@ -373,14 +456,6 @@ def _known(name: str, names: Sequence[str], option: str) -> None:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f"; is {near[0]!r} meant?" if near else ""
         raise DataError(f"{option}: expected the name of a column, got {name!r}{hint} (columns: {some(names, 20)})")
-
-
-def _check_names(given: Mapping[str, Any], accepted: Sequence[str], what: str) -> None:
-    for name, value in given.items():
-        if name not in accepted and value is not None:
-            near = difflib.get_close_matches(name, accepted, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{what} has no option {name!r}{hint} (options: {', '.join(accepted)})")
 
 
 def _as_list(value: Any) -> list[str] | None:
