@@ -150,18 +150,20 @@ class Gaussian(Model):
         return Bound(kind, parts)
 
     def column_nats(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
-        """What each cell adds to the bound of the others: log p(x_j | all other observed cells), in nats.
+        """Contribution of each cell in nats, 0 where missing: shape ``(batch, *space.shape)``; they sum to the bound.
 
-        It answers "which cells made this row unlikely" and does not depend on the order of the columns; the cells do
-        not sum to the bound unless they are independent.  Missing cells have 0.  Shape ``(batch, dims)``.
+        What the cell adds to the bound of the other observed cells, log p(x_j | the others), and an equal share of the
+        rest (:func:`share_rest`): which cells made the row unlikely, whatever the order of the columns.
         """
         r, present = self._residual(x, condition)
-        numeric = self.law.cell_nats(r, present, self._variance()) + self._log_jacobian()
+        v, jacobian = self._variance(), self._log_jacobian()
+        alone = torch.where(present, self.law.cell_nats(r, present, v) + jacobian, 0.0)
+        total = self.law.log_density(r, present, v) + present.double() @ jacobian
         nats = r.new_zeros((len(x), self.space.dims))
-        nats[:, self._numeric] = torch.where(present, numeric, 0.0)
+        nats[:, self._numeric] = share_rest(total, alone, present)
         if self.beside is not None:
             nats[:, self._coded] = self.beside.column_nats(x[:, self._coded])
-        return nats
+        return nats.reshape(x.shape)
 
     def _residual(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """r = y − B f(c) with 0 for missing cells, and which cells are present: both ``(batch, dims)``."""
@@ -352,7 +354,7 @@ class Gaussian(Model):
         with torch.no_grad():
             root = normal(d, d) * 0.5 / math.sqrt(d) + 0.6
             model.shift.copy_(0.5 + 0.3 * normal(d))
-            model.coefficients.copy_(normal(*model.coefficients.shape))
+            model.coefficients.copy_(0.5 * normal(*model.coefficients.shape))
             step = torch.where(model.spacing > 0, model.spacing, 1.0)
             model.shift.mul_(step)
             model.scale.copy_(step * torch.linspace(0.8, 1.2, d, dtype=torch.float64))
@@ -615,6 +617,21 @@ def patterns(sigma: Tensor, present: Tensor) -> Iterator[tuple[Tensor, Tensor, T
         for start in range(0, len(rows), limit):
             part = of_row[start : start + limit]
             yield rows[start : start + limit], precision[part], log_det[part], some[part]
+
+
+def share_rest(total: Tensor, alone: Tensor, present: Tensor) -> Tensor:
+    """Contributions that sum to ``total``: what each present cell adds to the others, and an equal share of the rest.
+
+    Moulin's egalitarian non-separable contribution value (1985, J. Economic Theory 36, 120-148); for two cells it is
+    Shapley's: ½ [log p(x_1) + log p(x_1 | x_2)] for the first.
+
+    Args:
+        total: log p(x) or its bound, nats, shape ``(batch,)``.
+        alone: log p(x) − log p(x without x_j), 0 for missing cells, shape ``(batch, cells)``.
+        present: which cells are not missing.
+    """
+    rest = (total - alone.sum(1)) / present.sum(1).clamp(min=1)
+    return torch.where(present, alone + rest.unsqueeze(1), 0.0)
 
 
 def leave_one_out(diagonal: Tensor, pulled: Tensor, noise: Tensor) -> Tensor:

@@ -117,7 +117,10 @@ class Independent(Model):
             yield columns, marginal
 
     def column_nats(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
-        """log p_d(x_d) of every cell in nats, 0 where it is missing: shape ``(batch, dims)``; they sum to the bound."""
+        """log p_d(x_d) in nats, 0 where missing: shape ``(batch, *space.shape)``; they sum to the bound."""
+        return self._cell_nats(x).reshape(x.shape)
+
+    def _cell_nats(self, x: Tensor) -> Tensor:
         cells = x.reshape(len(x), -1).to(torch.float64)
         nats = cells.new_empty(cells.shape)
         for columns, marginal in self._laws():
@@ -128,7 +131,7 @@ class Independent(Model):
         return nats
 
     def bound(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Bound:
-        nats = self.column_nats(x)
+        nats = self._cell_nats(x)
         parts: dict[str, Tensor] = {}
         for name in dict.fromkeys(name for name, _ in self._groups):
             columns = [j for group, members in self._groups if group == name for j in members]
@@ -403,12 +406,17 @@ class _Numbers(_Marginal):
         self.log_smooth[j] = math.log((alpha + total - stored) / (total + alpha))
 
     def practise(self, generator: torch.Generator) -> None:
-        self.start()
-        width = torch.where(self.width > 0, self.width, 1.0)
-        scale = torch.linspace(1.0, 2.0, self.cells, dtype=torch.float64)
-        skewed = torch.randn((64, self.cells), generator=generator).double().exp() * scale
-        self.add(torch.where(self.width > 0, skewed.round() * width, skewed))
-        self.finish()
+        unit = torch.where(self.width > 0, self.width, 1.0).unsqueeze(1)
+        place = torch.randn((self.cells, 2), generator=generator).double()
+        self.log_weight[:, :2] = torch.tensor([0.6, 0.4], dtype=torch.float64).log()
+        self.mean[:, :2] = unit * (place + torch.tensor([0.0, 2.0]))
+        self.scale[:, :2] = unit * torch.tensor([1.5, 0.8])
+        self.guard_scale.copy_(2.0 * unit.squeeze(1))
+        self.log_guard.fill_(math.log(0.2))
+        for j in (self.width > 0).nonzero().squeeze(1).tolist():
+            self.step[j, :2] = torch.tensor([0.0, 2.0])
+            self.log_stored[j, :2] = torch.tensor([0.3, 0.1], dtype=torch.float64).log()
+            self.log_smooth[j] = math.log(0.6)
 
 
 class _Amounts(_Marginal):

@@ -58,7 +58,7 @@ from likely.contract import (
 from likely.data.streaming import Moments, Reservoir
 from likely.distributions.counts import NegativeBinomial
 from likely.distributions.grid_normal import cell_moments, log_cell_mass
-from likely.models.gaussian import leave_one_out, patterns
+from likely.models.gaussian import leave_one_out, patterns, share_rest
 from likely.models.independent import invert, space_levels
 from likely.noise import Noise, torch_generator
 
@@ -160,17 +160,20 @@ class Mixture(Model):
         return torch.softmax(self._log_joint(x), 1)
 
     def column_nats(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
-        """log p(x_d | all other observed cells) = log p(x) − log p(x without x_d), in nats; 0 where it is missing.
+        """Contribution of each cell in nats, 0 where missing: shape ``(batch, *space.shape)``; they sum to the bound.
 
-        It answers "which cells made this row unlikely"; the cells do not sum to the bound.  Shape ``(batch, dims)``.
+        What the cell adds to the other observed cells, log p(x_d | the others) = log p(x) − log p(x without x_d), and
+        an equal share of the rest (:func:`~likely.models.gaussian.share_rest`).
         """
         log_joint = self._log_joint(x)
         total = torch.logsumexp(log_joint, 1, keepdim=True)
-        nats = total.new_zeros((len(x), self.space.dims))
+        alone = total.new_zeros((len(x), self.space.dims))
+        seen = torch.zeros_like(alone, dtype=torch.bool)
         for columns, law, cells, present in self._cells(x):
             without = torch.logsumexp(log_joint.unsqueeze(2) - law.cells(cells, present), 1)
-            nats[:, columns] = torch.where(present, total - without, 0.0)
-        return nats
+            alone[:, columns] = torch.where(present, total - without, 0.0)
+            seen[:, columns] = present
+        return share_rest(total.squeeze(1), alone, seen).reshape(x.shape)
 
     def _log_joint(self, x: Tensor) -> Tensor:
         """log π_k p_k(x): shape ``(batch, components)``."""
