@@ -469,12 +469,12 @@ class Preprocessed(Model):
         return torch.where(torch.isnan(x), filled, x.to(filled.dtype))
 
     def column_nats(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
-        """Contribution of every cell to the bound, nats: shape ``(batch, dims)``."""
+        """Contribution of every cell to the bound, nats: shape ``(batch, *space.shape)``."""
         noise = noise_or_global(noise, x)
         y, log_dets = self.transform(x, noise)
         cells = self.model.column_nats(y, condition, noise)  # type: ignore[operator]
         for log_det in log_dets.values():
-            cells = cells + log_det.flatten(1)
+            cells = cells + log_det
         return cells
 
     def log_weights(
