@@ -470,7 +470,10 @@ class Fitted:
             seed: of the draws, and of the samples behind the best values.
         """
         filled, condition = self._impute(data, draws, seed, read)
-        results = [self.schema.to_user(x, condition) for x in filled]
+        if isinstance(data, (str, Path)):  # a file: its cells in the user's form
+            results = [self.schema.to_user(x, condition) for x in filled]
+        else:  # an object: itself, with its holes filled
+            results = [self.schema.complete(data, x, **dict(read or {})) for x in filled]
         return results if draws else results[0]
 
     def _impute(
@@ -515,18 +518,23 @@ class Fitted:
     def write_imputed(
         self, data: Any, path: str | Path, *, draws: int = 0, seed: int = 0, read: Mapping[str, Any] | None = None
     ) -> list[Path]:
-        """Write :meth:`impute`; m draws go to m files, numbered before the suffix.  Returns the files written."""
-        filled, condition = self._impute(data, draws, seed, read)
+        """Write the data with its missing cells filled, all else as it is; m draws go to m numbered files.
+
+        Returns:
+            The files written.
+        """
+        filled, _ = self._impute(data, draws, seed, read)
+        options = dict(read or {})
         target = Path(path)
         if draws < 2:
-            self.schema.write(filled[0], path, condition)
+            self.schema.complete(data, filled[0], path, **options)
             return [target]
         if str(path) == "-":
             raise ValueError(f"draws: {draws} imputations need a file name, not standard output")
         stem, suffixes = target.name.split(".", 1) if "." in target.name else (target.name, "")
         files = [target.with_name(f"{stem}-{k + 1}" + (f".{suffixes}" if suffixes else "")) for k in range(draws)]
         for x, file in zip(filled, files):
-            self.schema.write(x, file, condition)
+            self.schema.complete(data, x, file, **options)
         return files
 
     # The run -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -99,8 +100,8 @@ class Space:
         self._refuse(wrong, x, name, f"a whole number, {limits}")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-serialisable description; :func:`space_from_json` is its inverse."""
-        return {"space": type(self).__name__, **asdict(self)}
+        """The space as JSON values; :func:`space_from_json` is its inverse."""
+        return json.loads(json.dumps({"space": type(self).__name__, **asdict(self)}))
 
 
 @dataclass(frozen=True)
