@@ -104,7 +104,7 @@ def learning_curve(history: Sequence[Any], dims: int) -> dict[str, str] | None:
         shown = [value for _, value in valid]
         if train:
             steps, losses = np.array(train).T
-            axes.plot(steps, losses, color=FAINT, linewidth=1.0, label="training loss", zorder=1)
+            axes.plot(steps, losses, color="#9aaabb", linewidth=1.0, label="training loss", zorder=1)
             shown += list(losses[int(0.05 * len(losses)) :])
         if valid:
             steps, bounds = np.array(valid).T
