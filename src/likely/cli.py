@@ -6,13 +6,17 @@ mend is said in one message and never with a traceback; ``--debug`` shows the tr
 
 from __future__ import annotations
 
+import collections.abc
 import difflib
 import json
 import os
 import sys
+import textwrap
 import traceback
+import types
+import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -184,6 +188,63 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     return options
 
 
+def suit_options(options: dict[str, Any], constructors: Iterable[Any]) -> dict[str, Any]:
+    """Options with values of the types that the constructors declare: one number where a list is due becomes a list.
+
+    >>> class Tower:
+    ...     def __init__(self, hidden: Sequence[int] | None = None, rate: float = 0.0): ...
+    >>> suit_options({"hidden": 256, "rate": 1}, [Tower])
+    {'hidden': [256], 'rate': 1}
+    >>> suit_options({"rate": "fast"}, [Tower])
+    Traceback (most recent call last):
+        ...
+    click.exceptions.UsageError: rate: expected a number, got 'fast'
+    """
+    declared: dict[str, Any] = {}
+    for constructor in constructors:
+        declared |= typing.get_type_hints(constructor.__init__)
+    return {name: _suited(name, value, declared.get(name, Any)) for name, value in options.items()}
+
+
+def _suited(name: str, value: Any, declared: Any) -> Any:
+    kinds = _kinds(declared)
+    if Any in kinds or any(_is_a(value, kind) for kind in kinds):
+        return value
+    if list in kinds and any(_is_a(value, kind) for kind in (int, float)):
+        return [value]
+    said = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list",
+            dict: f"{name}.KEY=VALUE", type(None): "null"}  # fmt: skip
+    expected = " or ".join(said[kind] for kind in kinds if kind in said)
+    raise click.UsageError(f"{name}: expected {expected}, got {json.dumps(value) if value is None else repr(value)}")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, int):
+        return kind in (int, float)
+    return kind in (float, str, list, dict, type(None)) and isinstance(value, kind)
+
+
+def _kinds(declared: Any) -> list[Any]:
+    """The JSON types that a type hint admits; ``Any`` for what is none of them."""
+    if declared is Any:
+        return [Any]
+    origin = typing.get_origin(declared)
+    if origin in (typing.Union, types.UnionType):
+        return [kind for part in typing.get_args(declared) for kind in _kinds(part)]
+    if origin is typing.Literal:
+        return [str]
+    kind = origin or declared
+    if kind in (bool, int, float, str, type(None)):
+        return [kind]
+    if isinstance(kind, type) and issubclass(kind, collections.abc.Mapping):
+        return [dict]
+    if isinstance(kind, type) and issubclass(kind, collections.abc.Sequence):
+        return [list]
+    return [] if isinstance(kind, type) else [Any]
+
+
 def parse_seconds(text: str) -> float:
     """A duration in seconds: ``90``, ``90s``, ``5m``, ``1.5h``, ``1h30m``.
 
@@ -322,6 +383,7 @@ _DELIMITER = _option("read", "--delimiter", "What stands between cells; tab for 
 _ENCODING = _option("read", "--encoding", "Encoding of a text file, such as latin-1.")
 _HEADER = _option("read", "--header/--no-header", "Whether the first line has the column names.", default=None)
 _MISSING = _option("read", "--missing", "Spelling of a missing cell; repeatable.", list, multiple=True)
+_SUFFIX = _option("read", "--strip-suffix", "Text to remove from the end of every cell that ends with it.")
 _KEY = _option("read", "--key", "Which array of an .npz file.")
 _MORE = _option(
     "read", "--read", "Any other option of the reader, as KEY=VALUE; see docs/data.md.", parse_options,
@@ -336,6 +398,7 @@ READER = _together(
     _HEADER,
     _option("read", "--names", "Column names of a file without a header: a,b,c.", lambda v: _listed([v])),
     _MISSING,
+    _SUFFIX,
     _option("read", "--ignore", "Column to set aside; repeatable, or a,b,c.", _listed, multiple=True),
     _option("read", "--keep", "Column to model though it looks like an identifier.", _listed, multiple=True),
     _KEY,
@@ -345,7 +408,7 @@ READER = _together(
 )
 
 #: How a further file differs from the one that was fitted.
-READING = _together(_FORMAT, _DELIMITER, _ENCODING, _HEADER, _MISSING, _KEY, _MORE)
+READING = _together(_FORMAT, _DELIMITER, _ENCODING, _HEADER, _MISSING, _SUFFIX, _KEY, _MORE)
 
 #: How a model is trained: options of ``likely.fit`` by the same name.
 TRAINING = _together(
@@ -498,8 +561,8 @@ def _conclude(fitted: Fitted, run: str, as_json: bool) -> None:
     if as_json:
         _print_json(fitted.info())
     else:
-        _print_record(fitted.info())
-        _say(f"kept in {run}; next: likely evaluate {run}, likely report {run} -o report.html")
+        click.echo(f"{fitted.model.name()} in {run}: held out {_held_out(fitted)}")
+        _say(f"next: likely evaluate {run}; likely report {run} -o report.html")
 
 
 def _show_schema(data: str, file: str, given: list[str] | None, schema: str | None, overwrite: bool) -> None:
@@ -516,12 +579,42 @@ def _show_schema(data: str, file: str, given: list[str] | None, schema: str | No
     _say(f"wrote {file}; edit it and pass it on: likely fit {data} --schema {file} --out RUN")
 
 
-def _print_record(record: Mapping[str, Any]) -> None:
-    """Names and values, one a line."""
-    width = max(map(len, record), default=0)
-    for name, value in record.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        click.echo(f"{name:<{width}}  {text}")
+def _held_out(fitted: Fitted) -> str:
+    """The held-out bound of a fit as text, or that there is none."""
+    from likely.training.progress import describe_nats
+    from likely.units import bits
+
+    valid = (fitted.record.get("results") or {}).get("valid")
+    if not valid:
+        return "none measured"
+    space, error = fitted.schema.space, valid["standard_error"]
+    text = describe_nats(valid["nats"], space)
+    if error is not None:
+        text += f" (± {error:.2f} nats, {bits(error):.3f} bits per example)" if "bits" in text else f" (± {error:.2f})"
+    return f"{text}, {valid['kind']}, {valid['n']:,} examples"
+
+
+def _print_info(fitted: Fitted) -> None:
+    """What a person wants to know of a run; ``--json`` has all."""
+    record = fitted.info()
+    options = [f"{name}={json.dumps(value)}" for name, value in record["options"].items() if value is not None]
+    examples = dict(record["examples"])
+    parts = ", ".join(f"{examples[name]:,} {name}" for name in examples if name != "all" and examples[name])
+    results = record["results"] or {}
+    steps = f"{results['steps']:,} steps (ended by {results['stopped']}), " if results.get("steps") else ""
+    lines = {
+        "model": f"{record['model']}, {record['parameters']:,} parameters",
+        "options": " ".join(options) or "none",
+        "data": f"{record['source'] or 'in memory'}: {examples['all']:,} examples, {parts}",
+        "held out": _held_out(fitted),
+        "training": f"{steps}{results['seconds']:.0f} s on {results['device']}, seed {record['seed']}"
+        if results
+        else f"not finished: `likely resume {fitted.folder}` goes on",
+        "made": f"{record['created']}, likely {record['likely']}, torch {record['torch']}",
+    }
+    for name, text in lines.items():
+        click.echo(f"{name:<10}{text}")
+    click.echo(f"schema\n{textwrap.indent(fitted.schema.describe(), '  ')}")
 
 
 def _describe_model(model: type[Model]) -> dict[str, Any]:
@@ -541,7 +634,8 @@ def _describe_options(cls: type) -> list[dict[str, Any]]:
 
     texts = _documented(inspect.getdoc(cls) or "")
     options = []
-    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+    constructor: Any = cls.__init__  # type: ignore[misc]
+    for name, parameter in inspect.signature(constructor).parameters.items():
         if name in ("self", "space", "condition") or parameter.kind is parameter.VAR_KEYWORD:
             continue
         default = parameter.default
@@ -663,7 +757,10 @@ def fit(
     if out is None:
         raise click.UsageError("expected --out RUN, the folder in which the run is kept (such as --out runs/first)")
     import likely.api as api
+    from likely.models import find
+    from likely.training import TrainOptions
 
+    chosen = suit_options(chosen, [TrainOptions, find(model)])
     with _resumable(out):
         fitted = api.fit(
             data,
@@ -939,12 +1036,13 @@ def models(name: str | None, as_json: bool) -> None:
 def info(what: str, as_json: bool) -> None:
     """Say what a run is, or what `fit` would read DATA as."""
     if (Path(what) / "config.json").exists():
-        fitted = _load(what)
+        import likely.api as api
+
+        fitted = api.load(what, weights=False)
         if as_json:
             _print_json(fitted.info())
         else:
-            _print_record(fitted.info())
-            click.echo(fitted.schema.describe())
+            _print_info(fitted)
         return
     from likely.data import infer_schema
 

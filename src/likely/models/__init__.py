@@ -26,7 +26,7 @@ def names() -> list[str]:
     >>> "gaussian" in names()
     True
     """
-    files = Path(__file__).parent.glob("*.py")
+    files = [file for folder in __path__ for file in Path(folder).glob("*.py")]
     return sorted(file.stem for file in files if not file.stem.startswith("_"))
 
 
