@@ -48,7 +48,7 @@ from likely.contract import (
 )
 from likely.data import Dataset, Dequantise, Preprocessed, Schema, Split, infer_schema, split
 from likely.data.columns import Encoder, TextCells, Where, spell
-from likely.data.sources import EMBEDDED
+from likely.data.sources import EMBEDDED, recognise
 from likely.data.tables import TableForm
 from likely.evaluation import Evaluation, column_nats, evaluate, held_out, tail_probability
 from likely.evaluation.heldout import ExampleNoise, default_batch_size, device_batches, evaluating
@@ -119,6 +119,8 @@ def fit(
         _claim(folder, overwrite)
     model_options, train_options = _split_options(model, options, seed)
     names = [given] if isinstance(given, str) else list(given or ())
+    if isinstance(data, str) and data == "-":
+        data = recognise(data, dict(read or {}).get("format"))  # standard input can be read but once
     found = schema if isinstance(schema, Schema) else _infer(data, schema, names, read)
     dataset = found.read(data, cache=None if folder is None else folder / "cache", **_file_options(read))
     parts = split(len(dataset), {"valid": valid_fraction, "test": test_fraction}, seed=seed)
