@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import json
 import math
-import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -24,7 +22,7 @@ from likely.data.columns import Cells, Encoder, KeyCells, NumberCells, Summary, 
 from likely.data.csvfile import MISSING
 from likely.data.dataset import Dataset
 from likely.data.errors import DataError, at, check_names, needs, some
-from likely.data.sources import Source, compression, create_bytes, open_bytes
+from likely.data.sources import Source, compression, creating, open_bytes
 from likely.data.store import Store, as_tensor, reuse
 
 Values = Literal["binary", "integers", "counts", "reals"]
@@ -324,15 +322,13 @@ class ArrayForm:
         array = self.to_array(x)
         labels = {} if condition is None else self._user_labels(condition)
         suffix = "" if path is None else path.suffix.lower()
-        if path is None:
-            np.save(cast(Any, sys.stdout.buffer), array, allow_pickle=False)
-        elif suffix == ".npz" and self.container == "sparse":
+        if suffix == ".npz" and self.container == "sparse":
             scipy_sparse = _scipy_sparse(str(path))
             scipy_sparse.save_npz(path, scipy_sparse.csr_matrix(array))
         elif suffix == ".npz":
             np.savez_compressed(path, **{self.key or "x": array, **labels})  # type: ignore[arg-type]
-        elif suffix == ".npy" or ".npy." in path.name:
-            with create_bytes(path) as file:
+        elif path is None or suffix == ".npy" or ".npy." in path.name:
+            with creating(path) as file:
                 np.save(cast(Any, file), array, allow_pickle=False)
         elif suffix == ".png" and self.layout != "as is":
             images.write_sheet(self._pictures(array), path)
@@ -372,7 +368,7 @@ class ArrayForm:
         if not to_file:
             return torch.from_numpy(whole) if source.name == "tensor" else whole
         if path is None or path.suffix.lower() != ".npz":
-            with contextlib.nullcontext(sys.stdout.buffer) if path is None else create_bytes(path) as file:
+            with creating(path) as file:
                 np.save(cast(Any, file), whole, allow_pickle=False)
         else:
             np.savez_compressed(path, **{self.key or "x": whole})  # type: ignore[arg-type]

@@ -662,7 +662,7 @@ class Encoder:
 
     def _parse(self, cells: TextCells, where: Where) -> np.ndarray:
         known: dict[str, float] = {}
-        for cell in set(cells.cells):
+        for cell in dict.fromkeys(cells.cells):
             bare = cell.strip()
             if self._column.format is not None:
                 known[cell] = self._parse_moment(cell, cells, where)
@@ -712,7 +712,7 @@ class Encoder:
         codes_of = self._codes
         codes_list = list(map(codes_of.get, given))
         if None in codes_list:
-            for cell in {cell for cell, code in zip(given, codes_list) if code is None}:
+            for cell in dict.fromkeys(cell for cell, code in zip(given, codes_list) if code is None):
                 code = self._code(cell)
                 if code is None:
                     index = list(given).index(cell)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from likely.data.errors import DataError, at
 from likely.data.sources import open_bytes
@@ -177,12 +177,14 @@ def detect(path: Path, name: str, **given: object) -> tuple[Dialect, list[str]]:
     if not head.strip():
         raise DataError(f"{name}: expected rows, got an empty file")
     whole = len(head) < _SAMPLE_BYTES
-    dialect = Dialect(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+    stated = {name: value for name, value in given.items() if value is not None}
+    decimal: Any = stated.pop("decimal", None)
+    dialect = Dialect(**stated)  # type: ignore[arg-type]
     if given.get("encoding") is None:
         dialect = replace(dialect, encoding=_encoding(head, path))
         if dialect.encoding in ("cp1252", "latin-1"):
             notes.append(f"not UTF-8: read as {dialect.encoding}; pass encoding= if letters look wrong")
-    text = head.decode(dialect.encoding, errors="strict" if whole else "ignore")
+    text = head.decode(dialect.encoding, errors="replace")
     newline = re.search(r"\r\n|\n|\r", text)
     dialect = replace(dialect, newline=newline.group() if newline else "\n")
     if given.get("delimiter") is None:
@@ -192,9 +194,11 @@ def detect(path: Path, name: str, **given: object) -> tuple[Dialect, list[str]]:
     rows = _sample(text, dialect, whole)
     if not rows:
         raise DataError(f"{name}: expected rows, got an empty file")
-    if given.get("decimal") is None and dialect.delimiter != ",":
-        decimal, doubtful = _decimal(rows)
+    if decimal is not None:
         dialect = replace(dialect, decimal=decimal)
+    elif dialect.delimiter != ",":
+        found, doubtful = _decimal(rows)
+        dialect = replace(dialect, decimal=found)
         if doubtful:
             notes.append("numbers such as 1,234 may have a decimal comma or a thousands separator; pass decimal=")
     if given.get("header") is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from likely.contract import Tokens
 from likely.data.dataset import Dataset
 from likely.data.errors import DataError, at, check_names
-from likely.data.sources import Source, create_bytes, open_bytes
+from likely.data.sources import Source, creating, open_bytes
 from likely.data.store import Store
 
 #: Bytes in a chunk of plain text unless said otherwise.
@@ -147,11 +146,8 @@ class SequenceForm:
             content = b"".join(b">sequence_%d\n%s\n" % (i + 1, text) for i, text in enumerate(texts))
         else:
             content = b"".join(text + b"\n" for text in texts)
-        if path is None:
-            sys.stdout.buffer.write(content)
-        else:
-            with create_bytes(path) as file:
-                file.write(content)
+        with creating(path) as file:
+            file.write(content)
 
     def complete(self, source: Source, x: Tensor, path: Path | None, to_file: bool, **options: Any) -> None:
         """Sequences have no missing symbols."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import atexit
 import bz2
+import contextlib
 import difflib
 import gzip
 import importlib
 import io
 import lzma
+import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -188,8 +191,27 @@ def open_bytes(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def create_bytes(path: Path) -> BinaryIO:
-    """Open a file for writing, compressed as its suffix says."""
+@contextlib.contextmanager
+def creating(path: Path | None) -> Iterator[BinaryIO]:
+    """A file to write, compressed as its suffix says; it appears when it is complete.  None is standard output."""
+    if path is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    if path.exists() and not path.is_file():  # a pipe or a device: nothing to replace
+        with _create(path) as file:
+            yield file
+        return
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with _create(part) as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> BinaryIO:
     match _COMPRESSED.get(path.suffix.lower()):
         case "gzip":
             return cast(BinaryIO, gzip.GzipFile(path, "wb", mtime=0))

@@ -36,7 +36,7 @@ from likely.data.csvfile import MISSING, CsvFile, CsvWriter, Dialect
 from likely.data.dataset import Dataset
 from likely.data.errors import DataError, check_names, needs, some
 from likely.data.moments import DAY, SECOND
-from likely.data.sources import Source, create_bytes
+from likely.data.sources import Source, creating
 from likely.data.store import Store, reuse
 
 if TYPE_CHECKING:
@@ -218,8 +218,7 @@ class TableForm:
         if path is not None and ".tsv" in path.name.lower():
             dialect = replace(dialect, delimiter="\t", blanks=False)
         absent = self.missing[0] if self.missing else ""
-        file = sys.stdout.buffer if path is None else create_bytes(path)
-        try:
+        with creating(path) as file:
             writer = CsvWriter(file, dialect, [column.textual for column in self.columns])
             writer.header([str(column.user_label) for column in self.columns])
             for start in range(0, len(x), _ROWS):
@@ -228,9 +227,6 @@ class TableForm:
                 comma = dialect.decimal == ","
                 cells = [format_cells(column, values[column.name], absent, comma) for column in self.columns]
                 writer.rows(zip(*cells))
-        finally:
-            if path is not None:
-                file.close()
 
     def complete(
         self, source: Source, x: Tensor, path: Path | None, to_file: bool, **options: Any
@@ -285,25 +281,23 @@ class TableForm:
         for column in self.columns:
             if column.name in places:
                 textual[places[column.name]] = column.textual
-        file = sys.stdout.buffer if path is None else create_bytes(path)
         start = 0
-        try:
+        with creating(path) as file:
             writer = CsvWriter(file, dialect, textual)
             writer.header([str(label) for label in table.labels])
             for _, cells in table.chunks():
-                rows = len(cells[0])
-                _same_rows(table.name, min(start + rows, len(values) + 1), values[: start + rows])
+                stop = start + len(cells[0])
                 out = [list(c.cells) for c in cells if isinstance(c, TextCells)]
                 for j, column in enumerate(self.modelled):
                     place = places[column.name]
                     gap = holes(column, cells[place], absent)
-                    filled = format_cells(column, values[start : start + rows, j], "", comma)
-                    out[place] = [new if hole else old for old, new, hole in zip(out[place], filled, gap)]
+                    here = values[start:stop, j]
+                    if len(here) == len(gap):
+                        filled = format_cells(column, here, "", comma)
+                        out[place] = [new if hole else old for old, new, hole in zip(out[place], filled, gap)]
                 writer.rows(zip(*out))
-                start += rows
-        finally:
-            if path is not None:
-                file.close()
+                start = stop
+            _same_rows(table.name, start, values)
 
     # Description --------------------------------------------------------------------------------------------------
 
