@@ -350,6 +350,8 @@ class TableHead(Head):
     @torch.no_grad()
     def set_atoms(self, values: Tensor) -> None:
         """Give every column on a grid the same atoms, in steps of its grid: shape ``(at most atoms,)``."""
+        if not self.atoms.shape[1]:  # no column lives on a grid
+            return
         self.atoms[:, : len(values)] = values * self.resolution.unsqueeze(-1)
         self.has_atom[:, : len(values)] = self.resolution.unsqueeze(-1) > 0
 

@@ -13,7 +13,7 @@ class Features(nn.Module):
 
     * ``Binary``: the values.  ``Integers``: scaled to −1 … 1.  ``Counts``: log(1 + x), standardised.
       ``Reals``: standardised.
-    * ``Tokens``: an embedding of each symbol.
+    * ``Tokens``: an embedding of each symbol, and one of a missing symbol.
     * ``Table``: a numeric column gives asinh of its standardised value, which tames heavy tails; a coded column an
       embedding, with a code of its own for a missing cell, so memory is linear in the number of levels.
     * A missing cell gives 0, and one more feature a cell says which were observed.  A table has these features for
@@ -38,7 +38,7 @@ class Features(nn.Module):
         self.register_buffer("scale", torch.ones(scaled_shape, dtype=torch.float64))
         self.embedding: nn.Embedding | None = None
         if isinstance(space, Tokens):
-            self.embedding = nn.Embedding(space.vocab, embedding_dim)
+            self.embedding = nn.Embedding(space.vocab + space.missing, embedding_dim)
             self.shape: tuple[int, ...] = (space.length * embedding_dim,)
         elif isinstance(space, Table):
             sizes = [(self.columns[j].levels or 0) + 1 for j in self.coded]
@@ -89,7 +89,8 @@ class Features(nn.Module):
             return self._table(x, dtype)
         if isinstance(self.space, Tokens):
             assert self.embedding is not None
-            return self.embedding(x.long()).flatten(1)
+            symbols = x.nan_to_num(float(self.space.vocab)) if self.space.missing else x
+            return self.embedding(symbols.long()).flatten(1)
         if isinstance(self.space, Binary):
             values = x.to(dtype)
         elif isinstance(self.space, Integers):
