@@ -541,7 +541,18 @@ def _write_array(values: np.ndarray, out: str) -> None:
 def _load(run: str) -> Fitted:
     import likely.api as api
 
-    return api.load(run)
+    fitted = api.load(run)
+    if fitted.record["state"] != "finished":
+        _complain(f"warning: {run} was not trained to its end, its best weights so far are used; `likely resume {run}`")
+    return fitted
+
+
+def _check_terminal(fitted: Fitted, out: str) -> None:
+    """Keep the bytes of an array file off a terminal."""
+    from likely.contract import Table, Tokens
+
+    if out == "-" and sys.stdout.isatty() and not isinstance(fitted.schema.space, (Table, Tokens)):
+        raise click.UsageError("expected -o FILE (.npy, .npz, or a folder or sheet of images): arrays are no text")
 
 
 @contextmanager
@@ -910,7 +921,9 @@ def sample(run: str, n: int, where: tuple[str, ...], out: str, seed: int) -> Non
 
     A table comes back with the same columns, spellings and resolution.  The same seed gives the same examples.
     """
-    _load(run).write_samples(out, n, seed=seed, where=_pairs(where, "--where"))
+    fitted = _load(run)
+    _check_terminal(fitted, out)
+    fitted.write_samples(out, n, seed=seed, where=_pairs(where, "--where"))
 
 
 @_verb(
@@ -934,7 +947,9 @@ def impute(run: str, data: str, draws: int, out: str, seed: int) -> None:
     The single best guess is the mean or the most probable category given the known cells.  It has too little spread
     for inference: for standard errors draw several completions (--draws 5), analyse each and pool the results.
     """
-    files = _load(run).write_imputed(data, out, draws=draws, seed=seed, read=_reading())
+    fitted = _load(run)
+    _check_terminal(fitted, out)
+    files = fitted.write_imputed(data, out, draws=draws, seed=seed, read=_reading())
     if len(files) > 1:
         _say("wrote " + ", ".join(map(str, files)))
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from likely.contract import Space, Table
-from likely.units import bits_per_dim, code_length_bits
+from likely.contract import Space
+from likely.evaluation.evaluation import unit_of
 
 #: Seconds between updates of the live line, and between plain lines.
 LIVE_SECONDS, PLAIN_SECONDS = 0.5, 10.0
@@ -25,10 +25,8 @@ def describe_nats(nats: float, space: Space) -> str:
     """
     text = f"{nats:.2f} nats"
     if space.has_probability:
-        if isinstance(space, Table):
-            text += f", {code_length_bits(nats):.3f} bits/row"
-        else:
-            text += f", {bits_per_dim(nats, space.dims):.4f} bits/dim"
+        unit = unit_of(space)
+        text += f", {unit.of(nats):.{3 if unit.per_example == 1 else 4}f} {unit.name}"
     return text
 
 
