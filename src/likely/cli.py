@@ -523,7 +523,7 @@ def _write_array(values: np.ndarray, out: str) -> None:
     import numpy as np
 
     if out.endswith(".npy"):
-        np.save(out, values)
+        np.save(out, values, allow_pickle=False)
     elif out.endswith(".npz"):
         np.savez_compressed(out, z=values)
     else:
