@@ -233,6 +233,8 @@ def test_page_says_the_number_its_unit_kind_and_error():
     for row in record["rows"]:
         assert row["name"] in page
     assert "most of it" in page and f"−{-record['parts']['most_of_it']:#.4g}" in page
+    most, rest = (share * 64 * np.log2(17) / 64 for share in (1.25, 0.25))
+    assert f"{most:#.4g}" in page and f"−{rest:#.4g}" in page  # a part that raises log p(x) saves bits
     assert "12,345" in page and "latent_dim" in page and "64, 64" in page and "0.001" in page
 
 

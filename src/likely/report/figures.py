@@ -109,9 +109,9 @@ def learning_curve(history: Sequence[Any], dims: int) -> dict[str, str] | None:
         if valid:
             steps, bounds = np.array(valid).T
             axes.plot(steps, bounds, color=MODEL, linewidth=1.8, marker="o", markersize=2.6, label="held-out", zorder=2)
-            best = int(np.argmin(bounds))
-            axes.axvline(steps[best], color=SAMPLED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-            axes.plot(steps[best], bounds[best], "o", color=SAMPLED, markersize=6, label="best held-out", zorder=3)
+            best = min(valid, key=lambda point: point[1])
+            axes.axvline(best[0], color=SAMPLED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+            axes.plot(*best, "o", color=SAMPLED, markersize=6, label="best held-out", zorder=3)
         low, high = min(shown), float(np.quantile(shown, 0.97))
         pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
         axes.set_ylim(low - pad, high + 2 * pad)
@@ -122,10 +122,9 @@ def learning_curve(history: Sequence[Any], dims: int) -> dict[str, str] | None:
         axes.legend(frameon=False, loc="upper right", ncols=3)
     alt, caption = "Learning curve.", "Training loss of every logged stretch of steps"
     if valid:
-        best_step, best_value = min(valid, key=lambda point: point[1])
         alt = (
             f"Learning curve: the held-out value goes from {valid[0][1]:.4g} nats per dimension at step "
-            f"{valid[0][0]:,} to its best, {best_value:.4g}, at step {best_step:,}."
+            f"{valid[0][0]:,} to its best, {best[1]:.4g}, at step {best[0]:,}."
         )
         caption += " and held-out negative bound, the best marked; the weights of that step are kept"
     caption += (
