@@ -72,12 +72,17 @@ class Outcome:
         return self.raw.decode()
 
 
-def run(*arguments: str | Path, stdin: bytes = b"") -> Outcome:
-    """Run the command line in this process."""
+class _Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def run(*arguments: str | Path, stdin: bytes = b"", terminal: bool = False) -> Outcome:
+    """Run the command line in this process, with standard output to a pipe or to a terminal."""
     out, err = io.BytesIO(), io.BytesIO()
     streams = {
         "stdin": io.TextIOWrapper(io.BytesIO(stdin)),
-        "stdout": io.TextIOWrapper(out, encoding="utf-8", write_through=True),
+        "stdout": (_Terminal if terminal else io.TextIOWrapper)(out, encoding="utf-8", write_through=True),
         "stderr": io.TextIOWrapper(err, encoding="utf-8", write_through=True),
     }
     with contextlib.ExitStack() as stack:
