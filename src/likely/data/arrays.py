@@ -8,7 +8,7 @@ import json
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast, get_args
 
@@ -143,10 +143,12 @@ class ArrayForm:
         check_names(options, READ_OPTIONS, "reading an array")
         said = {name: value for name, value in options.items() if value is not None}
         key = said.get("key", self.key if source.kind in ("npz", "arrays") else None)
-        names = [column.name for column in self.given]
+        names = list(dict.fromkeys(str(column.user_label) for column in self.given))
         if isinstance(said.get("labels"), str):
             names = [said["labels"]]
-        loaded = load(source, key, names, said.get("size", self.size), said.get("channels", self.channels), limit)
+        own: dict[str, Any] = {"size": self.size, "channels": self.channels} if source.kind == "images" else {}
+        picture: dict[str, Any] = {**own, **{name: said[name] for name in ("size", "channels") if name in said}}
+        loaded = load(source, key, names, picture.get("size"), picture.get("channels"), limit)
         array = loaded.array
         if array.shape[1:] != self.shape:
             raise DataError(
@@ -315,7 +317,15 @@ class ArrayForm:
             raise DataError("condition: the schema has no given labels")
         space.validate(condition.detach().cpu(), "condition")
         held = condition.detach().cpu().double().numpy()
-        return {column.name: _user_label(column, held[:, j]) for j, column in enumerate(self.given)}
+        out: dict[str, np.ndarray] = {}
+        for j, column in enumerate(self.given):
+            values = _user_label(column, held[:, j])
+            if column.label is None:
+                out[column.name] = values
+            else:
+                before = [out[str(column.label)]] if str(column.label) in out else []
+                out[str(column.label)] = np.column_stack([*before, values])
+        return out
 
     def write(self, x: Tensor, path: Path | None, condition: Tensor | None = None) -> None:
         """Write .npy, .npz, a folder of PNG files, or one .png sheet; None is standard output, as .npy."""
@@ -360,7 +370,7 @@ class ArrayForm:
         """The source with its NaN cells filled from ``x``; see :meth:`likely.data.schema.Schema.complete`."""
         check_names(options, READ_OPTIONS, "reading an array")
         key = options.get("key") or (self.key if source.kind in ("npz", "arrays") else None)
-        array = load(source, key, (), self.size, self.channels, None).array
+        array = load(source, key, (), None, None, None).array
         filled = self.to_array(x)
         if array.shape != filled.shape:
             raise DataError(f"{source.name}: expected shape {filled.shape} as x has, got {array.shape}")
@@ -469,7 +479,8 @@ def infer_array(source: Source, limit: int | None = None, **options: Any) -> tup
         override: dict[str, Any] = {**stated.get(name, {}), "role": "given"}
         if whole and few and "kind" not in override:
             override["kind"] = "categorical"
-        columns.append(summary.conclude(override))
+        column = summary.conclude(override)
+        columns.append(column if name in loaded.labels else replace(column, label=name.rpartition("[")[0]))
     form = ArrayForm(
         shape=array.shape[1:],
         dtype=array.dtype.newbyteorder("=").name,
@@ -825,10 +836,7 @@ def _read_raw(
         if len(content) != math.prod(shape) * dtype.itemsize:
             raise DataError(f"{name}: expected {math.prod(shape) * dtype.itemsize} bytes of data, got {len(content)}")
         return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C").copy()
-    native = dtype.newbyteorder("=")
-    if native.name not in _HELD:
-        native = as_tensor(np.empty(0, native)).numpy().dtype
-    store = Store(shape[1:], native, None, limit)
+    store = Store(shape[1:], dtype.newbyteorder("="), None, limit)
     row = math.prod(shape[1:])
     per_chunk = max(1, _CELLS // max(1, row))
     try:
@@ -843,8 +851,7 @@ def _read_raw(
     except BaseException:
         store.abandon()
         raise
-    array = store.finish().numpy()
-    return array.view(bool) if dtype.kind == "b" else array
+    return store.array()
 
 
 def _read_member(source: Source, key: str, limit: int | None) -> np.ndarray:
@@ -912,7 +919,7 @@ def _dense(matrix: Any, limit: int | None) -> np.ndarray:
     per_chunk = max(1, _CELLS // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], per_chunk):
         store.append(matrix[start : start + per_chunk].toarray())
-    return store.finish().numpy()
+    return store.array()
 
 
 def _load_embedded(source: Source, given: Sequence[str]) -> Loaded:

@@ -97,10 +97,13 @@ def read_folder(
 
 
 def _open(image: Any, file: Path) -> Any:
+    picture = None
     try:
         picture = image.open(file)
         picture.load()
     except (OSError, ValueError, SyntaxError) as fault:
+        if picture is not None:
+            picture.close()
         raise DataError(f"{file}: not a whole image ({fault}); mend or remove it") from None
     if getattr(picture, "n_frames", 1) > 1:
         raise DataError(f"{file}: expected one image, got {picture.n_frames} frames")

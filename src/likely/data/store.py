@@ -88,10 +88,14 @@ class Store:
 
     def finish(self) -> Tensor:
         """All rows as one tensor; a memory map if they passed the limit."""
+        return as_tensor(self.array())
+
+    def array(self) -> np.ndarray:
+        """All rows as one array; a memory map if they passed the limit."""
         if self._file is None:
             rows = np.concatenate(self._chunks) if self._chunks else np.empty((0, *self._shape), self._dtype)
             self._chunks = []
-            return as_tensor(rows)
+            return rows
         assert self._temporary is not None
         self._file.seek(0)
         self._file.write(_npy_header((self._rows, *self._shape), self._dtype))
@@ -100,10 +104,10 @@ class Store:
             array = np.load(self._temporary, mmap_mode="c", allow_pickle=False)
             with contextlib.suppress(OSError):  # where an open file cannot be removed it stays in the temporary folder
                 self._temporary.unlink()
-            return as_tensor(array)
+            return array
         self._temporary.replace(self._path)
         _stamp_path(self._path).write_text(json.dumps(self._stamp), encoding="utf-8")
-        return as_tensor(np.load(self._path, mmap_mode="c", allow_pickle=False))
+        return np.load(self._path, mmap_mode="c", allow_pickle=False)
 
     def abandon(self) -> None:
         """Remove what was written so far."""

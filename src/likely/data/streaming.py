@@ -80,3 +80,41 @@ class Reservoir:
     def rows(self) -> Tensor:
         """The sample, float64."""
         return torch.from_numpy(self._rows[: min(self._seen, len(self._rows))])
+
+
+class Histogram:
+    """Counts of the distinct values of a stream, at least the ``limit`` most frequent ones.
+
+    Beyond four times ``limit`` values the rarer ones are dropped (lossy counting, Manku & Motwani 2002): a kept count
+    is never too large, and the values kept at the end lack only what came before they were last dropped.
+
+    >>> histogram = Histogram(limit=10)
+    >>> histogram.add(torch.tensor([2.0, 1.0, 2.0]))
+    >>> histogram.most_frequent(1)
+    (tensor([2.], dtype=torch.float64), tensor([2]))
+
+    Args:
+        limit: number of values that are wanted.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._values = torch.empty(0, dtype=torch.float64)
+        self._counts = torch.empty(0, dtype=torch.int64)
+
+    def add(self, values: Tensor) -> None:
+        """Count values, shape ``(n,)``; none may be NaN."""
+        new, new_counts = torch.unique(values.to("cpu", torch.float64), return_counts=True)
+        merged, place = torch.unique(torch.cat([self._values, new]), return_inverse=True)
+        counts = torch.zeros(len(merged), dtype=torch.int64)
+        counts.index_add_(0, place, torch.cat([self._counts, new_counts]))
+        self._values, self._counts = merged, counts
+        if len(merged) > 4 * self._limit:
+            self._values, self._counts = self.most_frequent(2 * self._limit)
+
+    def most_frequent(self, number: int) -> tuple[Tensor, Tensor]:
+        """At most ``number`` values in ascending order (float64), and their counts (int64)."""
+        if len(self._values) <= number:
+            return self._values, self._counts
+        kept = self._counts.argsort(descending=True, stable=True)[:number].sort().values
+        return self._values[kept], self._counts[kept]
