@@ -586,7 +586,7 @@ def copy_of(model: Mixture) -> Mixture:
     assert isinstance(twin, Mixture)
     twin.load_state_dict(model.state_dict())
     for law, original in zip(twin.laws, model.laws):
-        for name in ("_marginal", "_prior", "_variance", "_centre", "_curvature", "_dispersion"):
+        for name in ("_chances", "_marginal", "_prior", "_variance", "_centre", "_curvature", "_dispersion"):
             if hasattr(original, name):
                 setattr(law, name, getattr(original, name))
     return twin
@@ -615,14 +615,17 @@ def test_mixture_of_a_mixed_table_by_hand() -> None:
     mean, scale = numbers.mean.detach().numpy(), numbers.log_scale.exp().detach().numpy()
     tables = [p.softmax(1).detach().numpy() for p in codes.logits.split([3, 2], 1)]
     weight = model.logits.softmax(0).detach().numpy()
+    peak = numbers.logits[:, :, [0, -1]].softmax(2)[:, :, 0].detach().numpy()
+    assert peak[:, :2].min() > 0.01 and (x[:, 0] == 0).any() and (x[:, 1] == 0).any()
     expected = np.zeros(40)
     for i, (height, age, colour, smoker, heavy) in enumerate(x.numpy()):
         for k in range(2):
             p = weight[k] * tables[1][k, int(smoker)]
             for j, (value, step) in enumerate([(height, 0.5), (age, 1.0)]):
-                if not np.isnan(value):
-                    law = scipy.stats.norm(mean[k, j], scale[k, j])
-                    p *= law.cdf(value + step / 2) - law.cdf(value - step / 2)
+                if not np.isnan(value):  # one atom at 0, beside the normal law
+                    law, atom = scipy.stats.norm(mean[k, j], scale[k, j]), peak[k, j]
+                    mass = law.cdf(value + step / 2) - law.cdf(value - step / 2)
+                    p *= (1 - atom) * mass + atom * (value == 0)
             p *= 1.0 if np.isnan(colour) else tables[0][k, int(colour)]
             p *= 1.0 if np.isnan(heavy) else scipy.stats.norm(mean[k, 2], scale[k, 2]).pdf(heavy)
             expected[i] += p
@@ -707,7 +710,7 @@ def test_mixture_on_a_grid_recovers_a_normal_law_coarser_than_its_scale() -> Non
     generator = np.random.default_rng(21)
     x = np.round(generator.normal(0.3, 0.5, size=(5000, 1)))
     space = Table(columns=(Column("a", "integer"),))
-    model = Mixture(space, components=1, smoothing=0.0, tolerance=1e-12, passes=500)
+    model = Mixture(space, components=1, smoothing=0.0, tolerance=1e-12, passes=500, atoms=0)
     model.estimate(fed(x, size=5000))
     mean, scale = model.laws[0].mean.item(), model.laws[0].log_scale.exp().item()
     assert mean == pytest.approx(0.3, abs=0.03) and scale == pytest.approx(0.5, abs=0.03)

@@ -41,20 +41,24 @@ def log_cell_mass(x: Tensor, mean: Tensor, scale: Tensor, width: Tensor) -> Tens
     return torch.where(narrow, series, difference)
 
 
-def cell_moments(x: Tensor, mean: Tensor, scale: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+def cell_moments(
+    x: Tensor, mean: Tensor, scale: Tensor, width: Tensor, log_mass: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """E[t] and E[t²] of t = (y − μ)/σ, given that y ~ N(μ, σ²) lies within x ± r/2.
 
     The E-step of a normal law observed on a grid (Dempster, Laird & Rubin 1977, section 4.3).
 
     Args:
         x, mean, scale, width: as for :func:`log_cell_mass`.
+        log_mass: its value, if it is known already.
     """
     m, h = torch.broadcast_tensors((x - mean) / scale, width / scale)
     narrow = h * (1.0 + m.abs()) < _NARROW
     side = torch.where(m > 0, -1.0, 1.0).to(m)
     centre = m * side  # never positive
     upper, lower = centre + 0.5 * h, centre - 0.5 * h
-    log_mass = log_cell_mass(x, mean, scale, width)
+    if log_mass is None:
+        log_mass = log_cell_mass(x, mean, scale, width)
     at_lower = torch.exp(-0.5 * lower.square() - _LOG_SQRT_2PI - log_mass)
     at_upper = torch.exp(-0.5 * upper.square() - _LOG_SQRT_2PI - log_mass)
     first = torch.minimum(torch.maximum(at_lower - at_upper, lower), upper)

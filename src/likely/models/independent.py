@@ -54,7 +54,7 @@ from likely.contract import (
     Tokens,
     noise_or_global,
 )
-from likely.data.streaming import Moments, Reservoir
+from likely.data.streaming import Histogram, Moments, Reservoir
 from likely.distributions.counts import NegativeBinomial
 from likely.distributions.grid_normal import log_cell_mass
 from likely.distributions.logistic import log_interval
@@ -356,9 +356,7 @@ class _Numbers(_Marginal):
     def start(self) -> None:
         self._sample = Reservoir(min(_SAMPLE_ROWS, max(256, _SAMPLE_CELLS // self.cells)), self.cells)
         self._moments = Moments(self.cells)
-        self._histograms: list[tuple[Tensor, Tensor]] = [
-            (torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)) for _ in range(self.cells)
-        ]
+        self._histograms = [Histogram(self.values) for _ in range(self.cells)]
 
     def add(self, x: Tensor) -> None:
         x = x.cpu()
@@ -367,8 +365,7 @@ class _Numbers(_Marginal):
         for j, width in enumerate(self.width.tolist()):
             if width > 0:
                 cells = x[:, j]
-                steps = (cells[~torch.isnan(cells)] / width).round()
-                self._histograms[j] = _merge(self._histograms[j], steps, 4 * self.values)
+                self._histograms[j].add((cells[~torch.isnan(cells)] / width).round())
 
     def finish(self) -> None:
         device = self.width.device
@@ -384,15 +381,13 @@ class _Numbers(_Marginal):
             weight, mean, scale = _fit_normals(sample[:, some], self.width[some].cpu(), self._trials)
             self.log_weight[some] = weight.log().to(device)
             self.mean[some], self.scale[some] = mean.to(device), scale.to(device)
-        for j, (steps, counts) in enumerate(self._histograms):
+        for j, histogram in enumerate(self._histograms):
             if self.width[j] > 0:
+                steps, counts = histogram.most_frequent(self.values)
                 self._set_histogram(j, steps, counts.double())
         del self._sample, self._histograms, self._moments
 
     def _set_histogram(self, j: int, steps: Tensor, counts: Tensor) -> None:
-        if len(steps) > self.values:
-            kept = counts.argsort(descending=True, stable=True)[: self.values].sort().values
-            steps, counts = steps[kept], counts[kept]
         total, stored = float(self._moments.count[j]), float(counts.sum())
         if total == 0:
             return
@@ -584,18 +579,6 @@ def concentration(counts: Tensor, base: Tensor, unstored: Tensor | float, shared
         better = value > best
         best, choice = torch.where(better, value, best), torch.where(better, alpha, choice)
     return choice[0] if shared else choice.reshape(total.shape)
-
-
-def _merge(histogram: tuple[Tensor, Tensor], steps: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Add ``steps`` to sorted ``(values, counts)``; beyond ``limit`` values the rarest half is dropped."""
-    new, new_counts = torch.unique(steps, return_counts=True)
-    values, place = torch.unique(torch.cat([histogram[0], new]), return_inverse=True)
-    counts = torch.zeros(len(values), dtype=torch.int64)
-    counts.index_add_(0, place, torch.cat([histogram[1], new_counts]))
-    if len(values) > limit:
-        kept = counts.argsort(descending=True, stable=True)[: limit // 2].sort().values
-        values, counts = values[kept], counts[kept]
-    return values, counts
 
 
 def _least_scale(typical: Tensor, width: Tensor) -> Tensor:

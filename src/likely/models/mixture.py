@@ -7,7 +7,9 @@ Given its component the cells of an example are independent (a latent class mode
 the product, exactly.  The laws p_kd:
 
 * binary cells, levels, tokens, coded columns: a categorical law;
-* real cells and numeric columns: N(μ_kd, σ²_kd); on a grid of spacing s its mass within x ± s/2.  With
+* real cells and numeric columns: N(μ_kd, σ²_kd).  On a grid of spacing s its mass within x ± s/2, and up to ``atoms``
+  frequent values v with a mass of their own: w_k0 mass_k(x) + Σ_v w_kv [x = v] (ages, hours and prices have peaks that
+  no smooth law has; EM shares the cell between atom and normal law, as in (2)).  With
   ``covariance="full"`` (spaces of reals) the cells of a component are N(μ_k, Σ_k) jointly, and missing cells are
   integrated out;
 * counts: negative binomial with mean m_kd and dispersion ρ_kd (variance m + m²/ρ), or Poisson.
@@ -20,6 +22,7 @@ the data whatever their number; the M-step is in closed form:
     π_k = (R_k + a/K) / (N + a),   R_k = Σ_n r_k(x_n)                                                           (3)
     categorical   p_k(v) = (Σ_n r_k [x_n = v] + a g(v)) / (R_k + a)                                             (4)
     normal        μ_k = Σ_n r_k E[y_n] / R_k,   σ²_k = (Σ_n r_k E[(y_n − μ_k)²] + a v_0) / (R_k + a)            (5)
+    atoms         w_k as in (4) with the expected counts, of which σ² and μ get those of the normal law
     neg. binomial m_k = (Σ_n r_k x_n + a m_0) / (Σ_n r_k E[λ_n] + a),
                   log ρ_k − ψ(ρ_k) = (Σ_n r_k E[λ_n − log λ_n] + a (1 + c_0)) / (R_k + a) − 1                   (6)
 
@@ -35,7 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +58,7 @@ from likely.contract import (
     Unsupported,
     noise_or_global,
 )
-from likely.data.streaming import Moments, Reservoir
+from likely.data.streaming import Histogram, Moments, Reservoir
 from likely.distributions.counts import NegativeBinomial
 from likely.distributions.grid_normal import cell_moments, log_cell_mass
 from likely.models.gaussian import leave_one_out, patterns, share_rest
@@ -90,6 +93,7 @@ class Mixture(Model):
         tolerance: EM ends when an iteration gains fewer nats per dimension.
         restarts: k-means++ starts, of which the best on a sample is taken.
         seed: seed of the starts and of the untrained parameters.
+        atoms: most values of a numeric grid column that have a mass of their own in every component.
     """
 
     spaces = (Binary, Integers, Reals, Counts, Tokens, Table)
@@ -108,11 +112,14 @@ class Mixture(Model):
         tolerance: float = 1e-5,
         restarts: int = 3,
         seed: int = 0,
+        atoms: int = 64,
     ):
         super().__init__(space, condition)
         for option, number in (("components", components), ("passes", passes), ("restarts", restarts)):
             if number < 1:
                 raise ValueError(f"{option}: expected at least 1, got {number}")
+        if atoms < 0:
+            raise ValueError(f"atoms: expected a number from 0 up, got {atoms}")
         if covariance not in get_args(Covariance):
             raise ValueError(f"covariance: expected 'diagonal' or 'full', got {covariance!r}")
         if counts not in get_args(CountLaw):
@@ -130,7 +137,7 @@ class Mixture(Model):
             numeric = [j for j, column in enumerate(space.columns) if column.numeric]
             coded = [j for j, column in enumerate(space.columns) if column.coded]
             if numeric:
-                laws.append(_Normals(components, [space.columns[j].resolution or 0.0 for j in numeric]))
+                laws.append(_Normals(components, [space.columns[j].resolution or 0.0 for j in numeric], atoms))
                 self._groups.append(numeric)
             if coded:
                 laws.append(_Codes(components, [space.columns[j].levels or 0 for j in coded], ordered=False))
@@ -138,8 +145,8 @@ class Mixture(Model):
         else:
             self._groups.append(list(range(space.dims)))
             if isinstance(space, Reals):
-                full = covariance == "full"
-                laws.append(_FullNormals(components, space.dims) if full else _Normals(components, [0.0] * space.dims))
+                diagonal = _Normals(components, [0.0] * space.dims, atoms=0)
+                laws.append(_FullNormals(components, space.dims) if covariance == "full" else diagonal)
             elif isinstance(space, Counts):
                 laws.append(_Amounts(components, space.dims, counts))
             else:
@@ -275,12 +282,16 @@ class Mixture(Model):
         total, n = 0.0, 0
         for batch in batches:
             for x in batch.split(rows):
-                log_joint = self._log_joint(x)
+                log_joint, seen = torch.log_softmax(self.logits, 0).expand(len(x), -1), []
+                for _, law, cells, present in self._cells(x):
+                    of_law, detail = law.joint_in_detail(cells, present)
+                    log_joint = log_joint + of_law
+                    seen.append((law, cells, present, detail))
                 total, n = total + float(torch.logsumexp(log_joint, 1).sum()), n + len(x)
                 responsibility = torch.softmax(log_joint, 1)
                 size += responsibility.sum(0)
-                for _, law, cells, present in self._cells(x):
-                    law.add(cells, present, responsibility)
+                for law, cells, present, detail in seen:
+                    law.add(cells, present, responsibility, detail)
         a, log_weight = self.smoothing, torch.log_softmax(self.logits, 0)
         objective = total + (float(log_weight.sum()) * a / self.components if a > 0 else 0.0)
         for _, law in self._laws():
@@ -352,6 +363,10 @@ class _Law(nn.Module):
         """Log-probability of all cells together: shape ``(batch, K)``."""
         return self.cells(x, present).sum(2)
 
+    def joint_in_detail(self, x: Tensor, present: Tensor) -> tuple[Tensor, Any]:
+        """:meth:`joint`, and what :meth:`add` needs to know of the same cells."""
+        return self.joint(x, present), None
+
     def draw(self, component: Tensor, noise: Noise) -> Tensor:
         """A draw of all cells for each entry of ``component``: shape ``(n, cells)``."""
         raise NotImplementedError
@@ -392,7 +407,7 @@ class _Law(nn.Module):
         """Empty the sufficient statistics."""
         raise NotImplementedError
 
-    def add(self, x: Tensor, present: Tensor, r: Tensor) -> None:
+    def add(self, x: Tensor, present: Tensor, r: Tensor, detail: Any) -> None:
         """Add a batch to the sufficient statistics."""
         raise NotImplementedError
 
@@ -499,7 +514,7 @@ class _Codes(_Law):
     def zero(self) -> None:
         self._counts = torch.zeros((self.total, len(self.logits)), dtype=torch.float64, device=self.logits.device)
 
-    def add(self, x: Tensor, present: Tensor, r: Tensor) -> None:
+    def add(self, x: Tensor, present: Tensor, r: Tensor, detail: Any) -> None:
         codes = (self.offset + x.long()).T.reshape(-1)
         share = (present.T.unsqueeze(2) * r.double()).reshape(-1, r.shape[1])
         self._counts.index_add_(0, codes, share)
@@ -514,51 +529,117 @@ class _Codes(_Law):
 
 
 class _Normals(_Law):
-    """Normal cells on grids of given widths, or on a continuum (width 0), with their own variances."""
+    """Normal cells with their own variances, on grids of given widths or on a continuum (width 0).
 
-    def __init__(self, components: int, widths: list[float]) -> None:
+    On a grid up to ``atoms`` values have a mass of their own beside the normal law.
+    """
+
+    def __init__(self, components: int, widths: list[float], atoms: int) -> None:
         super().__init__()
-        self.register_buffer("width", torch.tensor(widths, dtype=torch.float64), persistent=False)
-        self.mean = nn.Parameter(torch.zeros(components, len(widths), dtype=torch.float64))
-        self.log_scale = nn.Parameter(torch.zeros(components, len(widths), dtype=torch.float64))
+        cells = len(widths)
         self._grid = any(width > 0 for width in widths)
+        self.atoms = atoms if self._grid else 0
+        self.register_buffer("width", torch.tensor(widths, dtype=torch.float64), persistent=False)
+        self.mean = nn.Parameter(torch.zeros(components, cells, dtype=torch.float64))
+        self.log_scale = nn.Parameter(torch.zeros(components, cells, dtype=torch.float64))
         self.width: Tensor
+        if self.atoms:
+            #: the atoms of each cell in units of its grid, ascending, then +inf where there are fewer
+            self.register_buffer("step", torch.full((cells, self.atoms), math.inf, dtype=torch.float64))
+            self.step: Tensor
+            #: weights of the atoms and, last, of the normal law
+            self.logits = nn.Parameter(torch.zeros(components, cells, self.atoms + 1, dtype=torch.float64))
 
     def _unit(self) -> Tensor:
         return torch.where(self.width > 0, self.width, 1.0).to(self.mean.dtype)
 
-    def cells(self, x: Tensor, present: Tensor) -> Tensor:
+    def _log_normal(self, x: Tensor) -> Tensor:
+        """Density, or mass on a grid, of the normal law: shape ``(batch, K, cells)``."""
         x = x.unsqueeze(1)
         standard = (x - self.mean) * torch.exp(-self.log_scale)
         nats = -0.5 * (standard.square() + _LOG_2PI) - self.log_scale
         if self._grid:
             mass = log_cell_mass(x, self.mean, self.log_scale.exp(), self._unit())
             nats = torch.where(self.width > 0, mass, nats)
-        return torch.where(present.unsqueeze(1), nats, 0.0)
+        return nats
+
+    def _log_weights(self) -> Tensor:
+        """Log-weights of the atoms and, last, of the normal law: shape ``(K, cells, atoms + 1)``."""
+        unused = F.pad(torch.isinf(self.step), (0, 1), value=False)
+        return torch.log_softmax(self.logits.masked_fill(unused, -math.inf), 2)
+
+    def _find(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Place of each value among the atoms of its cell, and whether it is one: both ``(batch, cells)``."""
+        steps = (x.double() / torch.where(self.width > 0, self.width, math.inf)).round()
+        place = torch.searchsorted(self.step, steps.T.contiguous()).clamp(max=self.atoms - 1)
+        return place.T, (steps == self.step.gather(1, place).T) & (self.width > 0)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probability of every cell; that of its normal law; and log-probability of its atom.
+
+        All have shape ``(batch, K, cells)``, −inf where there is no atom.
+        """
+        log_normal = self._log_normal(x)
+        if not self.atoms:
+            return log_normal, log_normal, None
+        log_weights = self._log_weights()
+        place, found = self._find(x)
+        atom = log_weights[:, torch.arange(x.shape[1], device=x.device), place].transpose(0, 1)
+        atom = torch.where(found.unsqueeze(1), atom, -math.inf)
+        return torch.logaddexp(log_weights[:, :, -1] + log_normal, atom), log_normal, atom
+
+    def cells(self, x: Tensor, present: Tensor) -> Tensor:
+        return torch.where(present.unsqueeze(1), self._split(x)[0], 0.0)
+
+    def joint_in_detail(self, x: Tensor, present: Tensor) -> tuple[Tensor, Any]:
+        split = self._split(x)
+        return torch.where(present.unsqueeze(1), split[0], 0.0).sum(2), split
 
     def draw(self, component: Tensor, noise: Noise) -> Tensor:
-        normal = noise.normal((len(component), self.mean.shape[1])).to(self.mean)
-        return self._to_grid(self.mean[component] + self.log_scale[component].exp() * normal)
+        shape = (len(component), self.mean.shape[1])
+        normal = noise.normal(shape).to(self.mean)
+        x = self._to_grid(self.mean[component] + self.log_scale[component].exp() * normal)
+        if self.atoms:
+            uniform, chances = noise.uniform(shape), self._log_weights().exp()
+            for k in component.unique().tolist():
+                rows = component == k
+                place = invert(chances[k], uniform[rows])
+                atom = self.step.gather(1, place.T.clamp(max=self.atoms - 1)).T * self._unit()
+                x[rows] = torch.where(place < self.atoms, atom.to(x), x[rows])
+        return x
 
     def _to_grid(self, y: Tensor) -> Tensor:
         return torch.where(self.width > 0, (y / self._unit()).round() * self._unit(), y)
 
     def best(self, r: Tensor, x: Tensor, present: Tensor) -> Tensor:
-        return self._to_grid(r @ self.mean)
+        mean: Tensor = self.mean
+        if self.atoms:
+            weights = self._log_weights().exp()
+            atoms = torch.where(torch.isinf(self.step), 0.0, self.step).to(mean) * self._unit().unsqueeze(1)
+            mean = weights[:, :, -1] * mean + (weights[:, :, :-1] * atoms).sum(2)
+        return self._to_grid(r @ mean)
 
     def spread(self, generator: torch.Generator, strength: float) -> None:
         noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float64)
         share = 0.6 * strength  # for strength 1 the components add up to unit variance
         self.mean.data.copy_(share * noise * self._unit())
-        # The scales differ from each other where the components are to be far apart.
+        # Far apart, the scales differ too, and a grid has atoms.
         wiggle = 0.2 * (strength - 1.0) * torch.tanh(noise.flip(0))
         self.log_scale.data.copy_(math.log(0.8) + wiggle + self._unit().log())
+        if self.atoms and strength > 1.0:
+            atoms = torch.where(self.width > 0, 0.0, math.inf)
+            self.step[:, 0] = atoms
+            self.logits.data[:, :, 0] = noise - 1.0
 
     def look_start(self) -> None:
         self._looked = Moments(self.mean.shape[1], self.mean.device)
+        self._histograms = [Histogram(self.atoms) for _ in range(self.mean.shape[1] if self.atoms else 0)]
 
     def look(self, x: Tensor, present: Tensor) -> None:
         self._looked.add(torch.where(present, x, math.nan))
+        for j, (histogram, width) in enumerate(zip(self._histograms, self.width.tolist())):
+            if width > 0:
+                histogram.add((x[present[:, j], j].double() / width).round())
 
     def look_end(self) -> None:
         self._centre = self._looked.mean
@@ -566,6 +647,17 @@ class _Normals(_Law):
         size = torch.where(self._centre == 0, 1.0, self._centre.abs())
         self._variance = torch.where(variance > 1e-24 * size.square(), variance, (1e-3 * size).square())
         self._prior = self._variance / len(self.mean) ** (2.0 / self.mean.shape[1])
+        if self.atoms:
+            self.step.fill_(math.inf)
+            chances = torch.zeros_like(self.logits[0])
+            for j, histogram in enumerate(self._histograms):
+                values, counts = histogram.most_frequent(self.atoms)
+                values, counts = values[counts > 1], counts[counts > 1]
+                self.step[j, : len(values)] = values.to(self.step)
+                chances[j, : len(values)] = 0.5 * counts.to(chances) / self._looked.count[j].clamp(min=1.0)
+            chances[:, -1] = 1.0 - chances.sum(1)
+            self._chances = chances
+        del self._histograms
 
     def distance(self, x: Tensor, present: Tensor, centre: int) -> Tensor:
         gap = (x - x[centre]).square().double() / self._variance
@@ -574,19 +666,31 @@ class _Normals(_Law):
     def start(self, centres: Tensor, present: Tensor) -> None:
         self.mean.copy_(torch.where(present, centres, self._centre.to(centres)))
         self.log_scale.copy_(0.5 * self._prior.log().expand_as(self.log_scale))
+        if self.atoms:
+            self.logits.copy_(self._chances.clamp(min=1e-300).log().expand_as(self.logits))
 
     def zero(self) -> None:
         self._size = torch.zeros_like(self.mean, dtype=torch.float64)
         self._first, self._second = torch.zeros_like(self._size), torch.zeros_like(self._size)
+        if self.atoms:
+            self._counts = torch.zeros_like(self.logits, dtype=torch.float64)
 
-    def add(self, x: Tensor, present: Tensor, r: Tensor) -> None:
-        """Moments of E[y] about the current means, in units of the current scales."""
-        x, weight = x.unsqueeze(1), r.double().unsqueeze(2) * present.unsqueeze(1)
-        scale = self.log_scale.exp()
+    def add(self, x: Tensor, present: Tensor, r: Tensor, detail: Any) -> None:
+        """Moments of E[y] about the current means in units of the current scales, of what is no atom."""
+        total, log_normal, atom = detail
+        weight = r.double().unsqueeze(2) * present.unsqueeze(1)
+        if atom is not None:
+            of_atom = weight * torch.exp(atom - total).double()
+            place, _ = self._find(x)
+            index = place.unsqueeze(0).expand(r.shape[1], -1, -1)  # (K, batch, cells)
+            counts = self._counts.transpose(1, 2)  # a view, (K, atoms + 1, cells)
+            counts.scatter_add_(1, index, of_atom.transpose(0, 1))
+            weight = weight - of_atom
+        x, scale = x.unsqueeze(1), self.log_scale.exp()
         t = ((x - self.mean) / scale).double()
         first, second = t, t.square()
         if self._grid:
-            moments = cell_moments(x, self.mean, scale, self._unit())
+            moments = cell_moments(x, self.mean, scale, self._unit(), log_normal)
             first = torch.where(self.width > 0, moments[0].double(), first)
             second = torch.where(self.width > 0, moments[1].double(), second)
         self._size += weight.sum(0)
@@ -604,10 +708,17 @@ class _Normals(_Law):
         self.mean.copy_(self.mean + step * scale)
         floor = _LEAST_SCALE**2 * self._variance
         self.log_scale.copy_(0.5 * torch.maximum(variance, floor).log())
+        if self.atoms:
+            self._counts[:, :, -1] = self._size
+            self.logits.copy_((self._counts + a * self._chances).clamp(min=1e-300).log())
 
     def log_prior(self, a: float) -> float:
         variance = (2.0 * self.log_scale.double()).exp()
-        return -0.5 * a * float((variance.log() + self._prior / variance).sum())
+        value = -0.5 * (variance.log() + self._prior / variance).sum()
+        if self.atoms:
+            log_weights = self._log_weights().double()
+            value = value + torch.where(self._chances > 0, self._chances * log_weights, 0.0).sum()
+        return a * float(value)
 
 
 class _FullNormals(_Law):
@@ -715,7 +826,7 @@ class _FullNormals(_Law):
         self._first = torch.zeros_like(self.mean, dtype=torch.float64)
         self._second = torch.zeros_like(self.root, dtype=torch.float64)
 
-    def add(self, x: Tensor, present: Tensor, r: Tensor) -> None:
+    def add(self, x: Tensor, present: Tensor, r: Tensor, detail: Any) -> None:
         """Moments of E[y] about the current means, with the conditional covariance of the missing cells."""
         self._size += r.double().sum(0)
         complete = bool(present.all())
@@ -817,7 +928,7 @@ class _Amounts(_Law):
         self._size = torch.zeros_like(self.log_mean, dtype=torch.float64)
         self._sum, self._rate, self._log_rate = (torch.zeros_like(self._size) for _ in range(3))
 
-    def add(self, x: Tensor, present: Tensor, r: Tensor) -> None:
+    def add(self, x: Tensor, present: Tensor, r: Tensor, detail: Any) -> None:
         weight = r.double().T.contiguous()
         shown = present.double()
         self._size += weight @ shown
