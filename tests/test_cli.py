@@ -13,9 +13,9 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import pytest
-from documents import Outcome, adult, run, short_training, write_files
 
 import likely
+from documents import Outcome, adult, run, short_training, write_files
 from likely import cli
 from likely.data.arrays import INFER_OPTIONS as ARRAY_OPTIONS
 from likely.data.tables import INFER_OPTIONS as TABLE_OPTIONS
@@ -104,7 +104,7 @@ def test_flags_are_options_of_the_layers_below() -> None:
     """A flag that is passed on by its name names something that exists."""
     fit = cli.cli.commands["fit"]
     training = {p.name for p in fit.params if getattr(p, "title", "") == "How the model is trained"}
-    assert training and training <= {field for field in TrainOptions.__dataclass_fields__}
+    assert training and training <= set(TrainOptions.__dataclass_fields__)
     reading = {p.name for p in fit.params if getattr(p, "title", "") == "How the data are read"} - {"more"}
     assert reading and reading <= {*TABLE_OPTIONS, *ARRAY_OPTIONS, "format"}
 

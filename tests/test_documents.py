@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from documents import PAGES, ROOT, blocks, commands, run_line, short_training, write_files
 
 import likely.models
+from documents import PAGES, ROOT, blocks, commands, run_line, short_training, write_files
 from likely.cli import cli
 
 VERBS = sorted(cli.commands)

@@ -7,8 +7,13 @@ columns, dtypes and spellings, the same array layout.
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import tomllib
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +90,9 @@ class Schema:
             DataError: naming file, line, column and value of the first cell that does not belong.
         """
         folder = None if cache is None else Path(cache)
-        return self.form.read(_source(source, format), folder, memory_limit, **options)
+        found = _source(source, format)
+        with _intact(found):
+            return self.form.read(found, folder, memory_limit, **options)
 
     def to_user(self, x: Tensor, condition: Tensor | None = None) -> Any:
         """A batch as the user has it: a DataFrame, an array, a tensor or texts."""
@@ -180,13 +187,14 @@ def infer_schema(
     if "columns" in said and "columns" in options:
         merged["columns"] = _merge_columns(said["columns"], options["columns"])
     form: Form
-    if found.kind in _TABLES:
-        merged.pop("container", None)
-        form, remarks = tables.infer_table(found, **merged)
-    elif found.kind in _SEQUENCES or (found.kind == "text" and merged.get("lines")):
-        form, remarks = sequences.infer_sequences(found, **merged)
-    else:
-        form, remarks = arrays.infer_array(found, limit=memory_limit, **merged)
+    with _intact(found):
+        if found.kind in _TABLES:
+            merged.pop("container", None)
+            form, remarks = tables.infer_table(found, **merged)
+        elif found.kind in _SEQUENCES or (found.kind == "text" and merged.get("lines")):
+            form, remarks = sequences.infer_sequences(found, **merged)
+        else:
+            form, remarks = arrays.infer_array(found, limit=memory_limit, **merged)
     if stated_form is not None and stated_form != form.form:
         raise DataError(f"schema: is for a {stated_form}, but {found.name} is a {form.form}")
     return Schema(form, tuple(remarks))
@@ -197,6 +205,15 @@ def _source(source: Any, format: str | None) -> Source:
     if found.kind == "embedded" and found.value != "digits":
         return tables.embedded_frame(found)
     return found
+
+
+@contextmanager
+def _intact(source: Source) -> Iterator[None]:
+    """Within the context a compressed file that is cut off or altered is a fault of the data."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile) as fault:
+        raise DataError(f"{source.name}: damaged or cut off ({fault}); fetch the file again") from None
 
 
 def _corrections(schema: Mapping[str, Any] | Path | str | None) -> dict[str, Any]:
