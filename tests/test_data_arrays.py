@@ -23,6 +23,7 @@ CASES = {
     "zero and one": (RNG.integers(0, 2, (20, 5)), {}, Binary((5,))),
     "zero and one as floats": (RNG.integers(0, 2, (20, 5)).astype(float), {}, Binary((5,))),
     "binary images": (RNG.integers(0, 2, (20, 4, 3)).astype(np.uint8), {}, Binary((1, 4, 3))),
+    "black and white": (RNG.integers(0, 2, (20, 6, 5)).astype(np.uint8) * 255, {}, Binary((1, 6, 5))),
     "8-bit images": (RNG.integers(0, 256, (20, 6, 5)).astype(np.uint8), {}, Integers((1, 6, 5), 256)),
     "5-bit images": (RNG.integers(0, 32, (20, 6, 5)).astype(np.uint8), {}, Integers((1, 6, 5), 32)),
     "16-bit images": (RNG.integers(0, 60000, (20, 6, 5)).astype(np.uint16), {}, Integers((1, 6, 5), 65536)),

@@ -507,6 +507,7 @@ class Facts:
         high: greatest value.
         whole: whether all are whole numbers.
         bytes_: whether all are multiples of 1/255 from 0 to 1.
+        ends: whether all are 0 or 255.
         absent: whether some are NaN.
         at_high: share of the cells that equal the greatest value.
     """
@@ -515,6 +516,7 @@ class Facts:
     high: float
     whole: bool
     bytes_: bool
+    ends: bool
     absent: bool
     at_high: float
 
@@ -523,6 +525,7 @@ def scan(array: np.ndarray, name: str) -> Facts:
     """Look at every cell once, a bounded number at a time."""
     low, high, whole, bytes_, absent = math.inf, -math.inf, True, array.dtype.kind == "f", False
     count = total = 0
+    ends = array.dtype.kind in "iuf"
     for start, chunk in _chunks(array):
         if chunk.dtype.kind == "f":
             infinite = np.isinf(chunk)
@@ -538,6 +541,7 @@ def scan(array: np.ndarray, name: str) -> Facts:
             if bytes_:
                 scaled = chunk.astype(np.float64) * 255
                 bytes_ = bool(((scaled >= 0) & (scaled <= 255.001) & (np.abs(scaled - np.rint(scaled)) < 1e-3)).all())
+        ends = ends and bool(((chunk == 0) | (chunk == 255)).all())
         top = float(chunk.max())
         if top > high:
             high, count = top, 0
@@ -547,7 +551,7 @@ def scan(array: np.ndarray, name: str) -> Facts:
         total += chunk.size
     if not total:
         raise DataError(f"{name}: expected some cells that are not missing, got none")
-    return Facts(low, high, whole, bytes_, absent, count / total)
+    return Facts(low, high, whole, bytes_, ends, absent, count / total)
 
 
 def _kind(
@@ -573,6 +577,9 @@ def _kind(
             notes.append("multiples of 1/255: taken as 8-bit images; space='reals' models them by a density instead")
             return {"values": "integers", "levels": 256, "step": 1 / 255}
         raise DataError(f"space: expected 'reals' for an array with fractions, got {space!r}")
+    if facts.ends and facts.high == 255 and many_axes and levels is None and space in (None, "binary"):
+        notes.append("only 0 and 255: taken as binary; space='integers' keeps 256 levels")
+        return {"values": "binary", "step": 255}
     if whole_pictures is not None and space is None and levels is None:
         return {"values": "integers", "levels": whole_pictures} if whole_pictures > 2 else {"values": "binary"}
     spread = facts.high - facts.low

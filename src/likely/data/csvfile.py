@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +27,8 @@ INFINITE = re.compile(r"[+-]?inf(?:inity)?", re.IGNORECASE)
 _DELIMITERS = (",", ";", "\t", "|", " ")
 _SAMPLE_BYTES = 1 << 18
 _SAMPLE_ROWS = 200
-_CELLS = 1 << 18  # cells in a chunk
+_CELLS = 1 << 17  # cells in a chunk
+_NEWLINE = re.compile(r"\r\n|\r|\n")
 _LONGEST_CELL = 1 << 24
 
 
@@ -77,7 +79,7 @@ class Dialect:
 class Rows:
     """Some consecutive rows: the line in the file on which each ends, and the cells."""
 
-    lines: list[int]
+    lines: Sequence[int]
     cells: list[list[str]]
 
 
@@ -92,77 +94,102 @@ class CsvFile:
 
     def __init__(self, path: Path, name: str, dialect: Dialect) -> None:
         self.path, self.name, self.dialect = path, name, dialect
-        first = next(self._records(), None)
+        first = next(self._blocks(1), None)
         if first is None:
             raise DataError(f"{name}: expected rows, got an empty file")
-        self.width = len(first[1])
-        self.header = first[1] if dialect.header else None
+        self.width = len(first.cells[0])
+        self.header = first.cells[0] if dialect.header else None
 
     def chunks(self) -> Iterator[Rows]:
-        """The rows below the header, each of the width of the first line; empty lines are passed over."""
-        per_chunk = max(1, _CELLS // self.width)
-        rows = Rows([], [])
+        """The rows below the header, each of the width of the first line; empty lines are passed over.
+
+        In a file of one column an empty line between two others is an empty cell.
+        """
         suffix = self.dialect.strip_suffix
-        records = self._records()
-        if self.dialect.header:
-            next(records, None)
-        for line, cells in records if self.width > 1 else _blank_lines_as_cells(records):
-            if len(cells) != self.width:
+        skip = self.dialect.header
+        before: int | None = None
+        for rows in self._blocks(max(1, _CELLS // self.width)):
+            if skip:
+                before = rows.lines[0]
+                rows, skip = Rows(rows.lines[1:], rows.cells[1:]), False
+                if not rows.cells:
+                    continue
+            if set(map(len, rows.cells)) != {self.width}:
+                place = next(i for i, cells in enumerate(rows.cells) if len(cells) != self.width)
                 raise DataError(
-                    f"{at(self.name, line=line)}: expected {self.width} cells as in the first line, got {len(cells)} "
-                    f"(delimiter {self.dialect.delimiter!r}); mend the line, or pass delimiter="
+                    f"{at(self.name, line=rows.lines[place])}: expected {self.width} cells as in the first line, got "
+                    f"{len(rows.cells[place])} (delimiter {self.dialect.delimiter!r}); mend it, or pass delimiter="
                 )
+            if self.width == 1:
+                rows = _with_empty_cells(rows, before)
             if suffix:
-                cells = [cell.removesuffix(suffix) for cell in cells]
-            rows.lines.append(line)
-            rows.cells.append(cells)
-            if len(rows.lines) == per_chunk:
-                yield rows
-                rows = Rows([], [])
-        if rows.lines:
+                rows = Rows(rows.lines, [[cell.removesuffix(suffix) for cell in cells] for cells in rows.cells])
             yield rows
+            before = rows.lines[-1]
 
-    def _records(self) -> Iterator[tuple[int, list[str]]]:
-        with open_bytes(self.path) as raw:
-            yield from _parse(raw, self.name, self.dialect)
-
-
-def _parse(raw: BinaryIO, name: str, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(_LONGEST_CELL)
-    # A byte order mark is no part of the first cell, whether or not the dialect announces one.
-    encoding = "utf-8-sig" if dialect.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else dialect.encoding
-    with io.TextIOWrapper(raw, encoding=encoding, errors="strict", newline="") as text:
-        reader = csv.reader(
-            text, delimiter=dialect.delimiter, skipinitialspace=dialect.blanks or dialect.delimiter == " ", strict=False
-        )
+    def _blocks(self, size: int) -> Iterator[Rows]:
+        """The records that are no empty lines, at most ``size`` at a time."""
+        csv.field_size_limit(_LONGEST_CELL)
+        dialect = self.dialect
+        # A byte order mark is no part of the first cell, whether or not the dialect announces one.
+        plain = dialect.encoding.lower().replace("_", "-") in ("utf-8", "utf8")
+        encoding = "utf-8-sig" if plain else dialect.encoding
         by_blanks = dialect.delimiter == " "
-        try:
-            for cells in reader:
-                if by_blanks and len(cells) > 1 and cells[-1] == "":
-                    cells.pop()
-                if cells:
-                    yield reader.line_num, cells
-        except UnicodeDecodeError as fault:
-            raise NotDecodable(
-                f"{at(name, line=reader.line_num + 1)}: expected text in {dialect.encoding}, got the byte "
-                f"{fault.object[fault.start]:#04x}; pass encoding= (e.g. 'cp1252')"
-            ) from None
-        except csv.Error as fault:
-            raise DataError(f"{at(name, line=reader.line_num)}: not a CSV record: {fault}") from None
+        with open_bytes(self.path) as raw, io.TextIOWrapper(raw, encoding=encoding, newline="") as text:
+            reader = csv.reader(text, delimiter=dialect.delimiter, skipinitialspace=dialect.blanks or by_blanks)
+            line = 0
+            try:
+                while cells := list(itertools.islice(reader, size)):
+                    if reader.line_num == line + len(cells):
+                        lines: Sequence[int] = range(line + 1, reader.line_num + 1)
+                    else:  # some cells hold ends of lines
+                        heights = (1 + sum(len(_NEWLINE.findall(cell)) for cell in record) for record in cells)
+                        lines = list(itertools.accumulate(heights, initial=line))[1:]
+                    line = reader.line_num
+                    if by_blanks:
+                        cells = [record[:-1] if len(record) > 1 and record[-1] == "" else record for record in cells]
+                    if not all(cells):
+                        kept = [place for place, record in enumerate(cells) if record]
+                        lines, cells = [lines[place] for place in kept], [cells[place] for place in kept]
+                    if cells:
+                        yield Rows(lines, cells)
+            except UnicodeDecodeError as fault:
+                found = _first_undecodable(self.path, encoding)
+                where = self.name if found is None else at(self.name, line=found)
+                raise DataError(
+                    f"{where}: expected text in {dialect.encoding}, got the byte {fault.object[fault.start]:#04x}; "
+                    f"pass encoding= (e.g. 'cp1252')"
+                ) from None
+            except csv.Error as fault:
+                raise DataError(f"{at(self.name, line=reader.line_num)}: not a CSV record: {fault}") from None
 
 
-def _blank_lines_as_cells(records: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str]]]:
-    """In a file of one column an empty line between two others is an empty cell."""
-    before: int | None = None
-    for line, cells in records:
+def _first_undecodable(path: Path, encoding: str) -> int | None:
+    """The line with the first byte that is not of the encoding; None where lines are no lines of bytes."""
+    if "16" in encoding or "32" in encoding:
+        return None
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode(encoding)
+            except UnicodeDecodeError:
+                return number
+    return None
+
+
+def _with_empty_cells(rows: Rows, before: int | None) -> Rows:
+    """In a file of one column, a cell for each empty line between the rows."""
+    lines: list[int] = []
+    cells: list[list[str]] = []
+    for line, record in zip(rows.lines, rows.cells):
+        top = line - len(_NEWLINE.findall(record[0]))
         if before is not None:
-            yield from ((blank, [""]) for blank in range(before + 1, line - cells[0].count("\n")))
-        yield line, cells
+            lines.extend(range(before + 1, top))
+            cells.extend([""] for _ in range(before + 1, top))
+        lines.append(line)
+        cells.append(record)
         before = line
-
-
-class NotDecodable(DataError):
-    """The file is not in the encoding that was assumed."""
+    return Rows(lines, cells)
 
 
 def detect(path: Path, name: str, **given: object) -> tuple[Dialect, list[str]]:
