@@ -30,7 +30,7 @@ from likely.training.diagnosis import Diverged
 from likely.training.feeding import DevicePasses, check_data, fingerprint, thinned
 from likely.training.optimizers import MakeOptimizer
 from likely.training.options import DEFAULT_STEPS, TrainOptions
-from likely.training.processes import Processes, joined
+from likely.training.processes import Processes, join
 from likely.training.progress import Clock, Display, Events, Silent, Status, describe_nats, describe_seconds, display
 from likely.training.stepper import Stepper
 
@@ -167,7 +167,8 @@ def train(
     check_data(model, train_set, "train_set")
     if valid_set is not None:
         check_data(model, valid_set, "valid_set")
-    with joined(options.device) as processes, _random_state_kept(processes.device):
+    processes = join(options.device)
+    with _random_state_kept(processes.device):
         folder = Path(run) if run is not None else None
         work = Run(model, train_set, valid_set, options, processes, folder, callbacks, progress)
         work.prepare_folder(resume)
@@ -551,8 +552,8 @@ class Run:
                 self._display.warning(
                     f"no checkpoint at step {self.step:,}: {error}. {self._last_good()} Training goes on."
                 )
-        now = time.monotonic()
-        self._next_save = now + max(self.options.checkpoint_seconds, 20.0 * (now - start))
+        now, wait = time.monotonic(), self.options.checkpoint_seconds
+        self._next_save = now + (max(wait, 20.0 * (now - start)) if wait else 0.0)
 
     def _write_best(self) -> None:
         """Write the best weights so far to ``model.safetensors``, unless they are in it."""
@@ -595,6 +596,9 @@ class Run:
         identity: dict[str, Any] = {"model": self.model.name(), "train_set": fingerprint(self._train_set)}
         if self._valid_set is not None:
             identity["valid_set"] = fingerprint(self._valid_set)
+        identity["model_options"] = json.loads(
+            json.dumps(self.model.config, default=lambda value: type(value).__name__)
+        )
         identity["parameters"] = {name: list(p.shape) for name, p in self.model.named_parameters()}
         identity["optimizer_class"] = type(self._stepper.optimizer).__name__
         identity |= {name: value for name, value in self.options.to_json().items() if name not in neutral}

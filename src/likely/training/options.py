@@ -46,7 +46,8 @@ class TrainOptions:
         compile: whether the loss is compiled by ``torch.compile``.
         device: ``auto`` (CUDA, else Apple's GPU, else CPU) or a name of PyTorch's.
         log_every: steps between lines of the log.
-        checkpoint_seconds: seconds between checkpoints.
+        checkpoint_seconds: seconds between checkpoints, or more where they take more than a twentieth of the time; 0
+            for one after every step.
         tensorboard: whether to write TensorBoard events.
     """
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,22 +94,24 @@ class Processes:
         return values
 
 
-@contextmanager
-def joined(device: str) -> Iterator[Processes]:
-    """Join the other processes, if ``torchrun`` started this one (or the caller made a process group)."""
+def join(device: str) -> Processes:
+    """Join the other processes, if ``torchrun`` started this one or the caller has made a process group.
+
+    A group that was made here stays for further runs and ends with the program: it cannot be made twice.
+    """
     where = resolve_device(device)
-    if dist.is_available() and dist.is_initialized():
-        yield Processes(dist.get_rank(), dist.get_world_size(), where)
-        return
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield Processes(device=where)
-        return
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), where)
-    finally:
+    if not (dist.is_available() and dist.is_initialized()):
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return Processes(device=where)
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        atexit.register(_leave)
+    return Processes(dist.get_rank(), dist.get_world_size(), where)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,8 +82,8 @@ class Stepper:
         self.loss: LossFunction = _bare_loss(self.model)
         if self.processes.count > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            module = LossModule(self.model)
-            self.loss = DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
+            unused = self._unused_parameters()
+            self.loss = DistributedDataParallel(LossModule(self.model), device_ids=ids, find_unused_parameters=unused)
         if options.compile:
             self.loss = CompiledLoss(self.loss, self.model)
         self._autocast = options.precision == "bfloat16" or (
@@ -91,6 +91,16 @@ class Stepper:
         )
         if options.average:
             self.averages = Averages(self.parameters, options.average_fraction, options.average_half_life)
+
+    def _unused_parameters(self) -> bool:
+        """Whether the loss of the first batch leaves some parameters without a gradient."""
+        x, condition, noise = self._batch(0, *self._pieces[0])
+        with buffers_kept(self.model):
+            self.loss(x, condition, noise, 0)[0].backward()
+        unused = any(parameter.grad is None for parameter in self.parameters)
+        for parameter in self.parameters:
+            parameter.grad = None
+        return any(self.processes.gather(unused))
 
     # The step -----------------------------------------------------------------------------------------------
 
@@ -298,6 +308,16 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+@contextlib.contextmanager
+def buffers_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model's buffers (running statistics) back at the end."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
 class CompiledLoss:
     """A loss that ``torch.compile`` can take as a whole: its noise is drawn before it is called.
 
@@ -325,12 +345,9 @@ class CompiledLoss:
     @torch.no_grad()
     def _trial(self, x: Tensor, condition: Tensor | None, step: int) -> list[tuple[str, tuple[int, ...]]]:
         """What the loss asks of its noise; the model's buffers and the random state stay as they are."""
-        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
         noting = _Noting(StreamNoise(torch.Generator(x.device), x.device))
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        with buffers_kept(self._model), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
             self._loss(x, condition, noting, step)
-        for buffer, value in buffers:
-            buffer.copy_(value)
         return noting.wanted
 
 
