@@ -48,6 +48,13 @@ def test_compression_is_known_by_content_whatever_the_name(tmp_path, compress):
     assert infer_schema(tmp_path / "a.csv").read(tmp_path / "a.csv").x.shape == (4, 3)
 
 
+def test_a_zstd_file_of_several_frames(tmp_path):
+    rows = "".join(f"{i},Ulm,1.50\n" for i in range(50_000))
+    frames = [zstandard.ZstdCompressor().compress(text.encode()) for text in (PLAIN, rows)]
+    (tmp_path / "a.csv.zst").write_bytes(b"".join(frames))
+    assert len(infer_schema(tmp_path / "a.csv.zst").read(tmp_path / "a.csv.zst")) == 50_004
+
+
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
 def test_output_is_compressed_by_suffix(tmp_path, suffix):
     schema = infer_schema(write(tmp_path / "a.csv", PLAIN))
@@ -328,3 +335,17 @@ def test_filling_holes_leaves_all_else_to_the_letter(tmp_path):
     assert (tmp_path / "c.csv").read_text() == "c,id,b,a\n1.5,new,y,07\n0.25,k9,x,5\n"
     with pytest.raises(DataError, match="expected 3 rows as there are in x, got 2"):
         schema.complete(holes, filled[[0, 1, 1]], tmp_path / "d.csv")
+
+
+@pytest.mark.parametrize(
+    "compress", [gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress], ids=str
+)
+def test_damaged_files_are_named(tmp_path, compress):
+    whole = compress((PLAIN + "9,Ulm,1.00\n" * 20_000).encode())
+    (tmp_path / "cut.csv").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cut\.csv: damaged or cut off"):
+        infer_schema(tmp_path / "cut.csv")
+    for name in ("a.parquet", "a.npz", "a.npy"):
+        (tmp_path / name).write_bytes(b"not what it says" * 10)
+        with pytest.raises(DataError, match=rf"{name}: (damaged or cut off|not )"):
+            infer_schema(tmp_path / name)

@@ -116,7 +116,9 @@ class Schema:
             options: as for :meth:`read`.
         """
         target = None if path is None or str(path) == "-" else Path(path)
-        return self.form.complete(_source(source, format), x, target, path is not None, **options)
+        found = _source(source, format)
+        with _intact(found):
+            return self.form.complete(found, x, target, path is not None, **options)
 
     def describe(self) -> str:
         """Some lines that say what was found, for people."""
@@ -180,9 +182,9 @@ def infer_schema(
     """
     found = _source(source, format)
     said = _corrections(schema)
-    stated_form, notes = said.pop("form", None), said.pop("notes", None)
-    del notes
-    said.pop("version", None)
+    stated_form = said.pop("form", None)
+    for name in ("notes", "version"):
+        said.pop(name, None)
     merged = {**said, **{name: value for name, value in options.items() if value is not None and value != []}}
     if "columns" in said and "columns" in options:
         merged["columns"] = _merge_columns(said["columns"], options["columns"])
@@ -191,7 +193,7 @@ def infer_schema(
         if found.kind in _TABLES:
             merged.pop("container", None)
             form, remarks = tables.infer_table(found, **merged)
-        elif found.kind in _SEQUENCES or (found.kind == "text" and merged.get("lines")):
+        elif found.kind in _SEQUENCES:
             form, remarks = sequences.infer_sequences(found, **merged)
         else:
             form, remarks = arrays.infer_array(found, limit=memory_limit, **merged)
@@ -209,11 +211,17 @@ def _source(source: Any, format: str | None) -> Source:
 
 @contextmanager
 def _intact(source: Source) -> Iterator[None]:
-    """Within the context a compressed file that is cut off or altered is a fault of the data."""
+    """Within the context a compressed, Parquet or .npz file that is cut off or altered is a fault of the data."""
     try:
         yield
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile) as fault:
-        raise DataError(f"{source.name}: damaged or cut off ({fault}); fetch the file again") from None
+    except DataError:
+        raise
+    except Exception as fault:
+        known = isinstance(fault, (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile))
+        library = type(fault).__module__.partition(".")[0] in ("zstandard", "pyarrow")
+        if known or library or str(fault) == "Invalid data stream":  # the last is bz2's
+            raise DataError(f"{source.name}: damaged or cut off ({fault}); fetch the file again") from None
+        raise
 
 
 def _corrections(schema: Mapping[str, Any] | Path | str | None) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def open_bytes(path: Path) -> BinaryIO:
         case "xz":
             return cast(BinaryIO, lzma.open(path, "rb"))
         case "zstd":
-            return cast(BinaryIO, io.BufferedReader(_zstandard(path).open(path, "rb")))
+            return cast(BinaryIO, io.BufferedReader(_ZstandardReader(path)))
     return path.open("rb")
 
 
@@ -222,6 +222,40 @@ def _create(path: Path) -> BinaryIO:
         case "zstd":
             return cast(BinaryIO, _zstandard(path).open(path, "wb"))
     return path.open("wb")
+
+
+class _ZstandardReader(io.RawIOBase):
+    """A zstd file, decompressed; a file that is cut is not taken for a whole one, as the library's reader does."""
+
+    def __init__(self, path: Path) -> None:
+        self._new = _zstandard(path).ZstdDecompressor().decompressobj
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._file.read(1 << 17)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self._frame = self._frame or self._new()
+            self._output = self._frame.decompress(self._input)
+            self._input = b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _zstandard(path: Path) -> Any:
