@@ -32,7 +32,7 @@ def test_public_functions_and_classes_have_a_docstring() -> None:
     for name in MODULES:
         module = importlib.import_module(name)
         for key, value in vars(module).items():
-            ours = getattr(value, "__module__", None) == name and hasattr(value, "__qualname__")
+            ours = getattr(value, "__module__", None) == name and getattr(value, "__qualname__", None) == key
             if ours and not key.startswith("_") and not (value.__doc__ or "").strip():
                 bare.append(f"{name}.{key}")
     assert not bare

@@ -17,8 +17,8 @@ VERBS = sorted(cli.commands)
 
 
 def _page_of(verb: str) -> Path:
-    page = ROOT / "docs" / f"{verb}.md"
-    return page if page.exists() else ROOT / "docs" / "models-and-info.md"
+    name = "models-and-info" if verb in ("models", "info", "completion") else verb
+    return ROOT / "docs" / f"{name}.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
