@@ -15,8 +15,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "likely"
 LAYERS = [
     {"__main__"},
     {"cli", "sklearn"},
-    {"report"},
     {"api"},
+    {"report"},
     {"training"},
     {"evaluation"},
     {"checks"},
@@ -35,7 +35,7 @@ LAYERS = [
     {"units"},
 ]
 #: A face may use another face.
-FACES = {"__main__", "cli", "sklearn", "report"}
+FACES = {"__main__", "cli", "sklearn"}
 
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -63,6 +63,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 #: Examples of the held-out and of the training set each whose nats are kept with the run.
 REFERENCE_EXAMPLES = 10_000
+#: Held-out examples that a report draws on.
+REPORTED_EXAMPLES = 2_000
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -136,6 +138,7 @@ def fit(
         "torch": torch.__version__,
         "python": platform.python_version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "name": model if isinstance(model, str) else model.name(),
         "source": str(data) if isinstance(data, (str, Path)) else None,
         "examples": {"all": len(dataset), **{name: len(index) for name, index in parts.indices.items()}},
         "read": dict(read or {}),
@@ -394,13 +397,24 @@ class Fitted:
             progress: called with stage, done and all.
         """
         dataset = self.schema.read(data, **dict(read or {})) if data is not None else self._part("test", "valid")
-        train_set = self._part("train", optional=True) if baselines else None
+        return self._evaluate(dataset, samples, seed, baselines, classic, batch_size, progress)
+
+    def _evaluate(
+        self,
+        dataset: Dataset,
+        samples: int | None,
+        seed: int,
+        baselines: bool,
+        classic: bool,
+        batch_size: int | None = None,
+        progress: Any = None,
+    ) -> Evaluation:
         raw, frame = self._as_kept(dataset) if classic else (None, None)
         return evaluate(
             self.model,
             dataset,
-            name=self.model.name(),
-            train_set=train_set,
+            name=self.record["name"],
+            train_set=self._part("train", optional=True) if baselines else None,
             samples=samples,
             seed=seed,
             batch_size=batch_size,
@@ -539,13 +553,91 @@ class Fitted:
             self.schema.complete(data, x, file, **options)
         return files
 
+    def report(
+        self,
+        path: str | Path,
+        data: Any = None,
+        *,
+        samples: int | None = None,
+        seed: int = 0,
+        read: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write one self-contained HTML page: what was fitted, how well, and what the model makes.
+
+        Args:
+            path: the page.
+            data: held-out data; by default those of :meth:`evaluate`.
+            samples: importance samples of the tighter bound, for models with latent variables.
+            seed: of the samples shown and of the evaluation.
+        """
+        from likely.report import ReportInput, write_report
+
+        held = self.schema.read(data, **dict(read or {})) if data is not None else self._part("test", "valid")
+        evaluation = self._evaluate(held, samples, seed, baselines=True, classic=True)
+        shown = held.subset(slice(0, REPORTED_EXAMPLES))
+        x, condition = next(shown.batches(len(shown)))
+        x = x.cpu()
+        content = ReportInput(
+            title=f"{self.record['name']} on {self.record['source'] or 'data in memory'}",
+            space=self.schema.space,
+            model=self.record["name"],
+            options=self.record["options"],
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            facts=self._facts(),
+            schema=self.schema.describe(),
+            evaluations=[evaluation],
+            history=self.history(),
+            data=self._shown(x, condition),
+            samples=self._shown(*self._like(condition, len(shown), seed)),
+            reconstructions=self._reconstructions(x, condition),
+            embedding=self._encode(shown).numpy() if self.model.can("encode") else None,
+        )
+        return write_report(path, content)
+
+    def _facts(self) -> dict[str, Any]:
+        examples, results = self.record["examples"], self.record.get("results") or {}
+        return {
+            "data": self.record["source"] or "in memory",
+            "examples": ", ".join(f"{count:,} {name}" for name, count in examples.items()),
+            "seed": self.record["seed"],
+            "steps": results.get("steps"),
+            "stopped by": results.get("stopped"),
+            "seconds": results.get("seconds"),
+            "fitted": self.record["created"],
+            "likely": self.record["likely"],
+        }
+
+    def _like(self, condition: Tensor | None, n: int, seed: int) -> tuple[Tensor, Tensor | None]:
+        """``n`` samples, under the given conditions where the model has one."""
+        with evaluating(self.model) as device:
+            noise = KeyedNoise(seed, torch.arange(n, device=device))
+            there = None if condition is None else condition.to(device)
+            return self.model.sample(n, there, noise).cpu(), condition
+
+    def _shown(self, x: Tensor, condition: Tensor | None) -> Any:
+        """Examples in the form a report shows: as the user has them, but images in the model's layout."""
+        if isinstance(self.schema.space, (Table, Tokens)):
+            return self.schema.to_user(x, condition)
+        return x.numpy()
+
+    def _reconstructions(self, x: Tensor, condition: Tensor | None) -> tuple[Any, Any] | None:
+        """Some examples, and what the model decodes their mean embedding to."""
+        if not (self.model.can("encode") and self.model.can("decode")):
+            return None
+        some, there = x[:16], None if condition is None else condition[:16]
+        with evaluating(self.model) as device:
+            on_device = None if there is None else there.to(device)
+            z = self.model.encode(some.to(device), on_device)  # type: ignore[operator]
+            again = self.model.decode(z, on_device).cpu()  # type: ignore[operator]
+        return self._shown(some, there), self._shown(again, there)
+
     # The run -------------------------------------------------------------------------------------------------
 
     def info(self) -> dict[str, Any]:
         """What was fitted, to what, and how it went, as JSON values."""
         parameters = sum(p.numel() for p in self.model.parameters())
         return {
-            "model": self.model.name(),
+            "model": self.record["name"],
             "options": self.record["options"],
             "parameters": parameters,
             "space": self.record["space"],
