@@ -404,7 +404,7 @@ def _prior(prior: str | Model, latent_dim: int, options: Mapping[str, Any] | Non
     if isinstance(prior, str):
         from likely.models import find
 
-        prior = find(prior)(Reals((latent_dim,)), **dict(options or {}))
+        prior = find(prior)(Reals((latent_dim,)), **dict(options or {})).to(torch.get_default_dtype())
     if prior.space != Reals((latent_dim,)):
         raise Unsupported(f"prior: expected a model over Reals(({latent_dim},)), got one over {prior.space}")
     return prior

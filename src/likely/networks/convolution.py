@@ -89,7 +89,7 @@ class ConvDecoder(nn.Module):
     """A dense layer, then residual blocks with pixel-shuffle up-sampling; its context is a map over the image.
 
     Pixel shuffle (Shi et al. 2016, arXiv 1609.05158) doubles the resolution; odd sizes are cut to fit.  The map at
-    full resolution has half the channels of the finest scale, for it is by far the largest.
+    full resolution has a quarter of the channels of the finest scale, for it is by far the largest.
 
     Args:
         in_features: width of the input vector.
@@ -117,7 +117,7 @@ class ConvDecoder(nn.Module):
             make_activation(activation),
             glorot(Linear(dense, math.prod(self.start))),
         )
-        finest = max(scales[0] // 2, 1)
+        finest = max(scales[0] // 4, out_shape[0])
         stages = []
         for t in reversed(range(len(scales))):
             finer = scales[t - 1] if t else finest
