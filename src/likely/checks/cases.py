@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -10,11 +11,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from likely import models
 from likely.checks.estimates import Estimate, evaluate_bound, repeat, row_noise, weigh
 from likely.checks.outcome import CheckResult
 from likely.checks.points import Points, points_of
 from likely.checks.source import Source, batch_of
-from likely.contract import Binary, Column, Counts, Integers, Model, Reals, Space, Table, Tokens, Unsupported
+from likely.contract import (
+    Binary,
+    Column,
+    Counts,
+    Integers,
+    Model,
+    Reals,
+    Space,
+    Table,
+    Tokens,
+    Unsupported,
+    space_from_json,
+)
 from likely.noise import StreamNoise
 
 #: Examples of the source that a tiny model is trained on, gradient steps that it is given, and their rate (Adam).
@@ -78,6 +92,8 @@ class Case:
         self.model_name = self._untouched.name()
         self.title = f"{title_of(self.space)}" + (f" given {title_of(self.condition)}" if self.condition else "")
         self.source = Source(self.space, self.condition, seed)
+        #: Whether gradients train it: it has parameters, and no closed form.
+        self.by_gradients = not cls.closed_form and any(p.requires_grad for p in self._untouched.parameters())
 
     def fresh(self) -> Model:
         """A new tiny instance: the same initial values every time."""
@@ -107,14 +123,18 @@ class Case:
         """The tiny instance after a moment of training, in eval mode and its own precision; not to be changed."""
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             model = self.initialised(self.fresh())
-            if not model.closed_form:
+            if self.by_gradients:
                 optimiser = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
                 for step in range(TRAINING_STEPS):
                     self.train_step(model, optimiser, step)
         return model.eval()
 
     def train_step(self, model: Model, optimiser: torch.optim.Optimizer, step: int, size: int = 128) -> float:
-        """One step of gradient descent on the ``step``-th batch, with noise of its own."""
+        """One step of gradient descent on the ``step``-th batch, with noise of its own.
+
+        The global generator, which dropout draws from, starts from the step too: a trainer restores it.
+        """
+        torch.manual_seed(7919 * self.seed + step)
         model.train()
         generator = torch.Generator().manual_seed(7919 * self.seed + step)
         x, condition = self.training_data
@@ -132,13 +152,13 @@ class Case:
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """The trained instance and, unless it has a closed form, the one before training.
+        """The trained instance and, if gradients train it, the one before.
 
         Training may put a part to sleep, and an instance before training may have one asleep still: what concerns the
         whole space is asked of both.
         """
         stages = [Stage(self, "trained", self.trained)]
-        if not self.cls.closed_form:
+        if self.by_gradients:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 stages.append(Stage(self, "untrained", self.initialised(self.fresh()).eval()))
         return stages
@@ -231,7 +251,7 @@ def cases_of(
     if isinstance(model, Model):
         if space is not None or condition is not None:
             raise ValueError("space, condition: expected none beside an instance, which has its own")
-        yield Case(type(model), lambda: _again(model), seed)
+        yield Case(type(model), lambda: rebuilt(model), seed)
     elif space is not None:
         yield Case(model, lambda: model.tiny(space, condition), seed)
     elif condition is not None:
@@ -243,10 +263,14 @@ def cases_of(
             yield from _tiny_cases(model, kind, seed)
 
 
-def _again(instance: Model) -> Model:
-    """A new model of the same class, spaces and options."""
-    given = () if instance.condition is None else (instance.condition,)
-    return type(instance)(instance.space, *given, **copy.deepcopy(instance.config))
+def rebuilt(model: Model) -> Model:
+    """An untrained model from the description of another, which has been JSON in between."""
+    description = json.loads(json.dumps(models.describe(model), allow_nan=False))
+    if type(model).__module__.startswith("likely."):
+        return models.build(description)
+    condition = description["condition"]
+    given = () if condition is None else (space_from_json(condition),)
+    return type(model)(space_from_json(description["space"]), *given, **description["options"])
 
 
 def _tiny_cases(cls: type[Model], kind: type[Space], seed: int) -> Iterator[Case | CheckResult]:

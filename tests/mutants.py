@@ -1,0 +1,562 @@
+"""Classical bugs, injected one at a time into the source; every one must be caught by a named check.
+
+    python tests/mutants.py            # all of them, as a table; exit status 1 if any survives
+    python tests/mutants.py KL         # those whose name contains KL
+
+A check that never failed proves nothing.  Each mutant is one edit of the text of one function: the edited function
+takes the place of the real one while the check runs.  The same check must pass without the edit.  The list of bugs is
+that of the field's own history; those of diffusion and autoregressive models are made of ``toy_models.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+import likely.evaluation.heldout as heldout
+from likely import units
+from likely.checks import check_model
+from likely.contract import Binary, Column, Counts, Integers, Model, Reals, Space, Table
+from likely.data.dataset import Dataset
+from likely.data.preprocessing import Dequantise, Logit, Preprocessed, Standardise
+from likely.distributions.counts import NegativeBinomial
+from likely.distributions.logistic import DiscretizedLogisticMixture, GridLogisticMixture
+from likely.distributions.normal import Normal
+from likely.models.gaussian import Gaussian, _Full
+from likely.models.mixture import Mixture
+from likely.models.vae import VAE
+from likely.networks.features import Features
+from toy_models import Autoregressive, Diffusion, Flow
+
+BITS, IMAGE, PLANE = Binary((2, 3)), Integers((2,), 3), Reals((2,))
+GRID = Table(columns=(Column("size", "real", resolution=0.5), Column("weight", "real", resolution=0.25)))
+MIXED = Table(columns=(Column("colour", "categorical", levels=3), Column("size", "real", resolution=0.25)))
+
+
+# Judges: each raises an AssertionError when it sees the bug --------------------------------------------------------
+
+
+def contract(check: str, model: Any, space: Space | None = None, condition: Space | None = None) -> Judge:
+    """The named contract check on a model class, or on a function that makes an instance."""
+    return Judge(check, partial(_contract, check, model, space, condition))
+
+
+def _contract(check: str, model: Any, space: Space | None, condition: Space | None) -> None:
+    instance = model if isinstance(model, type) else model()
+    check_model(instance, space, condition, only=[check])
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A named check that raises ``AssertionError`` when it finds something wrong."""
+
+    check: str
+    run: Callable[[], None]
+
+
+def batches_weigh_by_size() -> None:
+    """A held-out mean does not depend on how the examples are put into batches."""
+    x = torch.arange(250.0).reshape(-1, 1) / 50
+    dataset = Dataset(Reals((1,)), x)
+    model = Gaussian(Reals((1,)))
+    model.estimate([(x, None)])
+    whole, split = (heldout.held_out(model, dataset, batch_size=size) for size in (250, 100))
+    assert abs(whole.nats - split.nats) < 1e-9, f"{whole.nats} in one batch, {split.nats} in batches of 100"
+
+
+def uniform_costs_log2_levels() -> None:
+    """A uniform model over 2^b levels costs b bits a dimension."""
+    for depth in (1, 5, 8):
+        nats = -12 * depth * torch.tensor(2.0).double().log()
+        cost = float(units.bits_per_dim(nats, dims=12))
+        assert abs(cost - depth) < 1e-9, f"{2**depth} levels cost {cost} bits/dim"
+
+
+def quantised() -> Model:
+    return Preprocessed(Gaussian(Reals((2,))), Dequantise(GRID))
+
+
+def standardised() -> Model:
+    return Preprocessed(Gaussian(PLANE), Standardise())
+
+
+def squeezed() -> Model:
+    return Preprocessed(Gaussian(PLANE), Dequantise(IMAGE), Logit(0.0, 3.0, alpha=0.3))
+
+
+def weighted() -> Model:
+    return VAE(BITS, latent_dim=2, hidden=(4,), activation="tanh", samples=5)
+
+
+def warmed() -> Model:
+    return VAE(BITS, latent_dim=2, hidden=(4,), activation="tanh", kl_warmup=5)
+
+
+# Mutants -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug: in the source of ``owner.function`` the text ``old``, which occurs once, is replaced by ``new``."""
+
+    name: str
+    judge: Judge
+    owner: Any
+    function: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    Mutant(
+        "mean instead of sum over dimensions",
+        contract("total_mass", VAE, BITS),
+        VAE,
+        "_log_likelihood",
+        ".sum(-1)",
+        ".mean(-1)",
+    ),
+    Mutant(
+        "KL averaged over latents",
+        contract("importance_weights", VAE, BITS),
+        VAE,
+        "bound",
+        "-q.kl_to_standard().sum(-1)",
+        "-q.kl_to_standard().mean(-1)",
+    ),
+    Mutant(
+        "KL flipped",
+        contract("importance_weights", VAE, BITS),
+        Normal,
+        "kl_to_standard",
+        "0.5 * (self.mean.square() + torch.exp(2.0 * self.log_scale) - 1.0) - self.log_scale",
+        "0.5 * ((1.0 + self.mean.square()) * torch.exp(-2.0 * self.log_scale) - 1.0) + self.log_scale",
+    ),
+    Mutant(
+        "KL halved",
+        contract("importance_weights", VAE, BITS),
+        VAE,
+        "bound",
+        '"kl": -q.kl',
+        '"kl": -0.5 * q.kl',
+    ),
+    Mutant(
+        "KL with the wrong sign",
+        contract("total_mass", VAE, BITS),
+        VAE,
+        "bound",
+        '"kl": -q.kl',
+        '"kl": q.kl',
+    ),
+    Mutant(
+        "free bits in the bound",
+        contract("importance_weights", VAE, BITS),
+        VAE,
+        "bound",
+        "q.kl_to_standard().sum(-1)",
+        "q.kl_to_standard().clamp(min=0.5).sum(-1)",
+    ),
+    Mutant(
+        "bits reported as nats",
+        contract("total_mass", Mixture, BITS),
+        Mixture,
+        "bound",
+        "torch.logsumexp(self._log_joint(x), 1)",
+        "torch.logsumexp(self._log_joint(x), 1) / 0.6931",
+    ),
+    Mutant(
+        "bits multiplied for divided",
+        Judge("uniform_costs_log2_levels", uniform_costs_log2_levels),
+        units,
+        "bits",
+        "nats / LN2",
+        "nats * LN2",
+    ),
+    Mutant(
+        "sign of the log-likelihood",
+        contract("total_mass", Mixture, BITS),
+        Mixture,
+        "bound",
+        "torch.logsumexp",
+        "-torch.logsumexp",
+    ),
+    Mutant(
+        "leaking autoregressive mask",
+        contract("total_mass", Autoregressive, BITS),
+        Autoregressive,
+        "logits",
+        "diagonal=-1",
+        "diagonal=0",
+    ),
+    Mutant(
+        "leaking mask, seen by the entropy",
+        contract("cross_entropy", Autoregressive, BITS),
+        Autoregressive,
+        "logits",
+        "diagonal=-1",
+        "diagonal=0",
+    ),
+    Mutant(
+        "dropped log 2π",
+        contract("importance_weights", VAE, PLANE),
+        Normal,
+        "log_prob",
+        "(standard.square() + _LOG_2PI)",
+        "standard.square()",
+    ),
+    Mutant(
+        "dropped log-det of a flow",
+        contract("total_mass", Flow, PLANE),
+        Flow,
+        "bound",
+        '"log-det": log_det',
+        '"log-det": 0 * log_det',
+    ),
+    Mutant(
+        "dropped log-det of a scaling",
+        contract("total_mass", standardised),
+        Standardise,
+        "forward",
+        "-self.scale.log()",
+        "0.0 * self.scale",
+    ),
+    Mutant(
+        "dropped Jacobian of the units",
+        contract("total_mass", Gaussian, PLANE),
+        Gaussian,
+        "_log_jacobian",
+        " - self.scale.log()",
+        " - 0.0 * self.scale",
+    ),
+    Mutant(
+        "dropped dequantisation constant",
+        contract("total_mass", quantised),
+        Dequantise,
+        "forward",
+        "_cellwise(log_width, y)",
+        "_cellwise(0.0 * log_width, y)",
+    ),
+    Mutant(
+        "density evaluated on the lattice",
+        contract("total_mass", VAE, MIXED),
+        GridLogisticMixture,
+        "log_prob",
+        "torch.where(self.on_grid, mass, density)",
+        "density",
+    ),
+    Mutant(
+        "1−α for 1−2α in the logit",
+        contract("total_mass", squeezed),
+        Logit,
+        "forward",
+        "math.log(slope)",
+        "math.log((1.0 - self.alpha) / (self.high - self.low))",
+    ),
+    Mutant(
+        "wrong inverse",
+        contract("sample_frequencies", Flow, PLANE),
+        Flow,
+        "sample",
+        "y[:, j] * torch.exp(log_scale) + shift",
+        "(y[:, j] + shift) * torch.exp(log_scale)",
+    ),
+    Mutant(
+        "half of the diffusion loss",
+        contract("total_mass", Diffusion, PLANE),
+        Diffusion,
+        "bound",
+        "0.5 * self.steps",
+        "0.25 * self.steps",
+    ),
+    Mutant(
+        "unweighted loss shown as a bound",
+        contract("total_mass", Diffusion, PLANE),
+        Diffusion,
+        "bound",
+        "(weight * error)",
+        "(error / self.steps)",
+    ),
+    Mutant(
+        "biased time sampling",
+        contract("total_mass", Diffusion, PLANE),
+        Diffusion,
+        "bound",
+        "(u % 1.0)",
+        "(u % 1.0).sqrt()",
+    ),
+    Mutant(
+        "dropped prior term",
+        contract("total_mass", VAE, BITS),
+        VAE,
+        "bound",
+        "-q.kl_to_standard().sum(-1)",
+        "q.entropy().sum(-1)",
+    ),
+    Mutant(
+        "dropped reconstruction term",
+        contract("total_mass", VAE, BITS),
+        VAE,
+        "bound",
+        '"reconstruction": reconstruction, "kl"',
+        '"reconstruction": 0 * reconstruction, "kl"',
+    ),
+    Mutant(
+        "variance for standard deviation in the sampler",
+        contract("sample_frequencies", Gaussian, PLANE),
+        _Full,
+        "draw",
+        "@ self.cholesky.T",
+        "@ (self.cholesky @ self.cholesky.T)",
+    ),
+    Mutant(
+        "wrong decoder variance",
+        contract("total_mass", VAE, PLANE),
+        Normal,
+        "log_prob",
+        "torch.exp(-self.log_scale)",
+        "torch.exp(-0.5 * self.log_scale)",
+    ),
+    Mutant(
+        "scaled prior in the sampler",
+        contract("sample_frequencies", VAE, IMAGE),
+        VAE,
+        "sample",
+        "noise.normal((n, self.latent_dim))",
+        "1.5 * noise.normal((n, self.latent_dim))",
+    ),
+    Mutant(
+        "sampled cells in another order",
+        contract("sample_frequencies", Mixture, BITS),
+        Mixture,
+        "sample",
+        "return x.reshape",
+        "return x.flip(1).reshape",
+    ),
+    Mutant(
+        "posterior mean instead of a sample",
+        contract("importance_weights", VAE, BITS),
+        VAE,
+        "bound",
+        "z = q.sample(noise)",
+        "z = q.mean",
+    ),
+    Mutant(
+        "importance weights averaged in log space",
+        contract("importance_weights", weighted),
+        VAE,
+        "_importance_bound",
+        "torch.logsumexp(log_w, 1) - math.log(samples) - mean_log_w",
+        "log_w.mean(1) - mean_log_w",
+    ),
+    Mutant(
+        "importance weights not divided by k",
+        contract("importance_weights", weighted),
+        VAE,
+        "_importance_bound",
+        " - math.log(samples)",
+        "",
+    ),
+    Mutant(
+        "importance weights without the posterior",
+        contract("importance_weights", VAE, BITS),
+        VAE,
+        "log_weights",
+        " - log_q",
+        "",
+    ),
+    Mutant(
+        "last mini-batch weighted as a full one",
+        Judge("batches_weigh_by_size", batches_weigh_by_size),
+        heldout,
+        "held_out",
+        "float(example_nats.mean())",
+        "sum(float(batch.sum(1).mean()) for batch in columns) / len(columns)",
+    ),
+    Mutant(
+        "condition ignored",
+        contract("conditioning", VAE, IMAGE, Integers((1,), 3)),
+        VAE,
+        "_context",
+        "self.condition_features(condition, self._dtype)",
+        "0 * self.condition_features(condition, self._dtype)",
+    ),
+    Mutant(
+        "condition ignored by the sampler",
+        contract("conditioning", Autoregressive, BITS, Reals((2,))),
+        Autoregressive,
+        "sample",
+        "self.logits(codes, condition)",
+        "self.logits(codes, torch.zeros_like(condition))",
+    ),
+    Mutant(
+        "missing cell counted as zero",
+        contract("missing_cells", VAE, Integers((2,), 3, missing=True)),
+        VAE,
+        "_cells",
+        "torch.where(seen, p.log_prob(torch.where(seen, x, 0.0)), 0.0)",
+        "p.log_prob(torch.where(seen, x, 0.0))",
+    ),
+    Mutant(
+        "missing cell counted as zero, exact",
+        contract("missing_cells", Mixture, Integers((2,), 3, missing=True)),
+        Mixture,
+        "_cells",
+        "torch.where(present, cells, 0.0), present",
+        "torch.where(present, cells, 0.0), torch.ones_like(present)",
+    ),
+    Mutant(
+        "dropped factorial of a count",
+        contract("total_mass", VAE, Counts((2,))),
+        NegativeBinomial,
+        "log_prob",
+        " - torch.lgamma(x + 1.0)",
+        "",
+    ),
+    Mutant(
+        "last level without its tail",
+        contract("importance_weights", partial(VAE, IMAGE, latent_dim=2, hidden=(4,), likelihood="logistic")),
+        DiscretizedLogisticMixture,
+        "log_prob",
+        "torch.where(last, 0.0, F.logsigmoid(upper))",
+        "F.logsigmoid(upper)",
+    ),
+    Mutant(
+        "observed cells overwritten",
+        contract("imputation", VAE, Integers((2,), 3, missing=True)),
+        VAE,
+        "impute",
+        "torch.where(torch.isnan(x), drawn.to(x.dtype), x)",
+        "drawn.to(x.dtype)",
+    ),
+    Mutant(
+        "dropout in evaluation",
+        contract("determinism", VAE, BITS),
+        VAE,
+        "posterior",
+        "full_precision(self.posterior_head(h))",
+        "full_precision(torch.dropout(self.posterior_head(h), 0.2, True))",
+    ),
+    Mutant(
+        "noise from the global generator",
+        contract("samples", VAE, BITS),
+        VAE,
+        "sample",
+        "noise_or_global(noise, self)",
+        "noise_or_global(None, self)",
+    ),
+    Mutant(
+        "random embedding",
+        contract("encoding", VAE, BITS),
+        VAE,
+        "encode",
+        ".mean",
+        ".sample(noise_or_global(None, x))",
+    ),
+    Mutant(
+        "statistics of the batch",
+        contract("batch_invariance", VAE, BITS),
+        VAE,
+        "posterior",
+        "full_precision(self.posterior_head(h))",
+        "full_precision(self.posterior_head(h - h.mean(0)))",
+    ),
+    Mutant(
+        "detached scale of the posterior",
+        contract("gradients", VAE, BITS),
+        VAE,
+        "posterior",
+        "log_scale.clamp(-7.0, 5.0)",
+        "log_scale.clamp(-7.0, 5.0).detach()",
+    ),
+    Mutant(
+        "scale of the data not saved",
+        contract("save_load", VAE, PLANE),
+        Features,
+        "__init__",
+        '"scale", torch.ones(scaled_shape, dtype=torch.float64)',
+        '"scale", torch.ones(scaled_shape, dtype=torch.float64), persistent=False',
+    ),
+    Mutant(
+        "KL warm-up counts calls, not steps",
+        contract("resume", warmed),
+        VAE,
+        "loss",
+        "(step + 1)",
+        "(self.__dict__.setdefault('calls', []).append(0) or len(self.__dict__['calls']))",
+    ),
+]
+
+
+# Machinery ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def injected(mutant: Mutant) -> Iterator[None]:
+    """The bug in place of the real function, for the duration of the block."""
+    original = inspect.getattr_static(mutant.owner, mutant.function)
+    source = textwrap.dedent(inspect.getsource(original))
+    found = source.count(mutant.old)
+    if found != 1:
+        raise LookupError(f"{mutant.name}: expected {mutant.old!r} once in {mutant.function}, found it {found} times")
+    # A function within a function that is given ``__class__``, so that super() works as it does in the class.
+    body = textwrap.indent(source.replace(mutant.old, mutant.new), "    ")
+    code = f"from __future__ import annotations\ndef make(__class__):\n{body}\n    return {mutant.function}\n"
+    made: dict[str, Any] = {}
+    namespace = inspect.getmodule(mutant.owner).__dict__ if isinstance(mutant.owner, type) else mutant.owner.__dict__
+    exec(compile(code, f"<mutant: {mutant.name}>", "exec"), namespace, made)
+    setattr(mutant.owner, mutant.function, made["make"](mutant.owner))
+    try:
+        yield
+    finally:
+        setattr(mutant.owner, mutant.function, original)
+
+
+@cache
+def complaint_without(judge: Judge) -> str | None:
+    """What the check says of the real code: None if it passes."""
+    return complaint(judge)
+
+
+def complaint(judge: Judge) -> str | None:
+    """What the check says, None if it passes."""
+    try:
+        judge.run()
+    except AssertionError as failure:
+        return str(failure)
+    return None
+
+
+def verdict(mutant: Mutant) -> tuple[bool, str]:
+    """Whether the mutant is caught by a check that passes without it, and what the check says."""
+    innocent = complaint_without(mutant.judge)
+    if innocent is not None:
+        return False, f"fails without the bug: {innocent}"
+    with injected(mutant):
+        found = complaint(mutant.judge)
+    return found is not None, found or "not noticed"
+
+
+def main(wanted: str = "") -> int:
+    """Print the table; the number of survivors."""
+    chosen = [mutant for mutant in MUTANTS if wanted.lower() in mutant.name.lower()]
+    survivors = 0
+    print(f"{'mutant':48} {'caught by':24} what the check says")
+    for mutant in chosen:
+        caught, said = verdict(mutant)
+        survivors += not caught
+        print(f"{mutant.name:48} {mutant.judge.check if caught else 'SURVIVES':24} {said[:150]}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} caught")
+    return survivors
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(1 if main(*sys.argv[1:2]) else 0)
