@@ -85,7 +85,9 @@ class Space:
         if wrong.any():
             index = tuple(int(i) for i in wrong.nonzero()[0])
             where = f"{name}[{', '.join(map(str, index))}]"
-            raise ValueError(f"{where}: expected {expected}, got {x[index].item():g} ({self._name_cell(index)})")
+            digits = 15 if x.dtype == torch.float64 else 7
+            value = format(x[index].item(), f".{digits}g")
+            raise ValueError(f"{where}: expected {expected}, got {value} ({self._name_cell(index)})")
 
     def _name_cell(self, index: tuple[int, ...]) -> str:
         return f"example {index[0]}"
@@ -422,9 +424,9 @@ class Model(nn.Module):
         Args:
             step: global training step, for objectives that follow a schedule.
         """
-        bound = self.bound(x, condition, noise)
-        log = {name: part.detach().mean() for name, part in bound.parts.items()}
-        return Loss(-bound.nats.mean() / self.space.dims, log)
+        means = {name: part.mean() for name, part in self.bound(x, condition, noise).parts.items()}
+        log = {name: mean.detach() for name, mean in means.items()}
+        return Loss(sum(means.values()) / -self.space.dims, log)
 
     def sample(self, n: int, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         """``n`` examples of the space; with a condition, one example for each of its ``n`` rows."""
