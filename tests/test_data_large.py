@@ -11,12 +11,12 @@ import torch
 from likely.data import DataError, csvfile, infer_schema
 from likely.data.store import Store
 
-ROWS = 30_000
+ROWS = 12_000
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """A file with 30,000 rows of five columns."""
+    """A file with 12,000 rows of five columns."""
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("large") / "a.csv"
     columns = zip(rng.integers(0, 99, ROWS), rng.normal(size=ROWS).round(3), rng.choice(["a", "b", ""], ROWS),
@@ -85,7 +85,7 @@ def test_an_error_in_the_middle_leaves_no_file(table, tmp_path):
 
 def test_memory_is_bounded_whatever_the_number_of_rows(table, tmp_path, monkeypatch):
     monkeypatch.setattr(csvfile, "_CELLS", 2_000)
-    header, *rows = table.read_text().splitlines(keepends=True)[:3001]
+    header, *rows = table.read_text().splitlines(keepends=True)[:1001]
 
     def peak(times):
         path = tmp_path / "a.csv.gz"
@@ -94,11 +94,11 @@ def test_memory_is_bounded_whatever_the_number_of_rows(table, tmp_path, monkeypa
         data = infer_schema(path).read(path, memory_limit=10_000)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert len(data) == 3000 * times and mapped(data.x)
+        assert len(data) == 1000 * times and mapped(data.x)
         return most
 
-    peak(1)  # what is imported and cached once
-    assert peak(4) < 1.1 * peak(1)
+    # The shorter file is longer than the sample from which the dialect is detected.
+    assert peak(18) < 1.1 * peak(9)
 
 
 def test_conditions_share_the_file(table):
