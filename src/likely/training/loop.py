@@ -550,7 +550,8 @@ class Run:
                 self._write_best()
             except OSError as error:
                 self._display.warning(
-                    f"no checkpoint at step {self.step:,}: {error}. {self._last_good()} Training goes on."
+                    f"no checkpoint could be written at step {self.step:,} ({error}); {self._last_good()} "
+                    "Training goes on."
                 )
         now, wait = time.monotonic(), self.options.checkpoint_seconds
         self._next_save = now + (max(wait, 20.0 * (now - start)) if wait else 0.0)
@@ -642,12 +643,12 @@ class Run:
     def _finish(self) -> TrainResult:
         """Give the model the weights to keep, and write them."""
         if not self.model.closed_form:
-            self._stop = self._stop or "steps"
             if not self._stepper.finite_everywhere():
                 self._diagnose()
             self._display.update(self._status())
             if self._saved_step != self.step:
                 self._save()
+            self._stop = self._stop or "steps"
             self.model.load_state_dict(self._best_weights or self._stepper.averaged_weights())
         self.model.eval()
         if self._folder is not None and self.processes.first:
