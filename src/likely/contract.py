@@ -11,6 +11,7 @@ Everything else is built on these four.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -426,7 +427,7 @@ class Model(nn.Module):
         """
         means = {name: part.mean() for name, part in self.bound(x, condition, noise).parts.items()}
         log = {name: mean.detach() for name, mean in means.items()}
-        return Loss(sum(means.values()) / -self.space.dims, log)
+        return Loss(functools.reduce(torch.add, means.values()) / -self.space.dims, log)
 
     def sample(self, n: int, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         """``n`` examples of the space; with a condition, one example for each of its ``n`` rows."""

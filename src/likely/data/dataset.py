@@ -59,7 +59,8 @@ class Dataset:
         if self.bernoulli_scale is not None:
             if noise is None:
                 noise = KeyedNoise(0, content_keys(x))
-            x = (noise.uniform(x.shape) * self.bernoulli_scale < x).to(torch.float32)
+            binary = torch.empty(x.shape, device=x.device)  # compared into floats: a bool on the way would cost more
+            x = torch.lt(noise.uniform(x.shape) * self.bernoulli_scale, x, out=binary)
         elif not x.is_floating_point():
             x = x.to(torch.float32)
         return x, condition

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from likely.contract import (
@@ -146,7 +147,7 @@ class VAE(Model):
         """q(z | x, c): a normal with a diagonal covariance, shape ``(batch, latent_dim)``."""
         h = self.encoder(self.features(x, self._dtype), context)
         mean, log_scale = full_precision(self.posterior_head(h)).chunk(2, -1)
-        return Normal(mean, log_scale.clamp(-7.0, 5.0))
+        return Normal(mean, F.hardtanh(log_scale, -7.0, 5.0))  # a clamp whose gradient is a single operation
 
     def likelihood(self, z: Tensor, context: Tensor | None = None) -> Distribution:
         """p(x | z, c) for z of shape ``(*lead, latent_dim)``; the context is broadcast over the draws."""

@@ -41,6 +41,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if ONEDNN and x.numel() * self.out_features >= LARGE and self._is_plain(x):
+            if x.dim() == 2:
+                return _Affine.apply(x, self.weight, self.bias)
             flat = _Affine.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
             return flat.reshape(*x.shape[:-1], self.out_features)
         return super().forward(x)
