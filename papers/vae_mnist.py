@@ -7,7 +7,9 @@ value at each visit; 59,600 training and 400 held-out images; the figure is L_50
     LIKELY_DATA=… python papers/vae_mnist.py iwae --minutes 15
     LIKELY_DATA=… python papers/vae_mnist.py best --steps 50000 --samples 1000
 
-A length in minutes is that of an idle machine; on a shared one give the steps, and compare CPU seconds.  The result is added to papers/results/vae_mnist.json and the table papers/results/vae_mnist.md is written again.
+A length in minutes is that of an idle machine; on a shared one give the steps, and compare CPU seconds.  With --run the
+training can be resumed, and a finished one evaluated again.  The result is added to papers/results/vae_mnist.json, and
+the table beside it is written again.
 """
 
 from __future__ import annotations
@@ -97,11 +99,12 @@ def main() -> None:
         valid_set,
         seed=arguments.seed,
         run=arguments.run,
+        resume=arguments.run is not None,
         **length_options,
         **COMMON,
         **recipe["training"],
     )
-    cpu, wall = time.process_time() - cpu, time.monotonic() - wall
+    cpu, wall = used_before(arguments.run, time.process_time() - cpu, time.monotonic() - wall)
     bound = held_out(model, test_set)
     tight = importance_weighted(model, test_set, samples=arguments.samples)
     said = f"--steps {arguments.steps}" if arguments.steps else f"--minutes {arguments.minutes:g}"
@@ -128,6 +131,16 @@ def main() -> None:
         "machine": machine(),
         "versions": {"likely": likely.__version__, "torch": torch.__version__, "python": platform.python_version()},
     })  # fmt: skip
+
+
+def used_before(run: Path | None, cpu: float, wall: float) -> tuple[float, float]:
+    """CPU and wall seconds of the training, kept with the run so that it can be evaluated again."""
+    path = None if run is None else run / "seconds.json"
+    if path is not None and path.exists():
+        cpu, wall = json.loads(path.read_text())
+    elif path is not None:
+        path.write_text(json.dumps([cpu, wall]))
+    return cpu, wall
 
 
 def machine() -> str:

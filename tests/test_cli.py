@@ -253,12 +253,12 @@ def test_score(here: Path) -> None:
     np.testing.assert_allclose(frame["nats"], fitted.score_samples("new.csv"), rtol=1e-12)
     np.testing.assert_allclose(frame["bits"], -frame["nats"] / np.log(2), rtol=1e-12)
     cells = [f"nats:{name}" for name in adult(2, 0).columns]
-    assert list(frame.columns) == ["nats", "bits", "kind", "tail_probability", "unlikely_because", *cells]
+    assert list(frame.columns) == ["nats", "bits", "kind", "tail_probability", "training_rank", "unlikely_because", *cells]
     assert (frame["kind"] == "lower bound").all() and frame["tail_probability"].between(0, 1).all()
     piped = run("score", "table", "-", stdin=Path("new.csv").read_bytes())
     assert piped.output == outcome.output
     records = json.loads(run("score", "table", "new.csv", "--no-columns", "--json").output)
-    assert list(records[0]) == ["nats", "bits", "kind", "tail_probability"]
+    assert list(records[0]) == ["nats", "bits", "kind", "tail_probability", "training_rank"]
     np.testing.assert_allclose([record["nats"] for record in records], frame["nats"], rtol=1e-12)
 
 
@@ -306,6 +306,7 @@ def test_impute_fills_holes_and_leaves_the_rest(here: Path, tmp_path: Path) -> N
     known = holes != "?"
     assert (filled.where(known, "") == holes.where(known, "")).all().all()
     assert not (filled == "?").any().any() and not filled.isna().any().any()
+    assert run("impute", "table", "-", stdin=Path("holes.csv").read_bytes()).raw == outcome.raw
     several = run("impute", "table", "holes.csv", "--draws", "3", "-o", tmp_path / "filled.csv")
     files = [tmp_path / f"filled-{k}.csv" for k in (1, 2, 3)]
     assert several.code == 0 and all(file.exists() for file in files)

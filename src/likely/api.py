@@ -48,7 +48,7 @@ from likely.contract import (
 )
 from likely.data import Dataset, Dequantise, Preprocessed, Schema, Split, infer_schema, split
 from likely.data.columns import Encoder, TextCells, Where, spell
-from likely.data.sources import EMBEDDED, recognise
+from likely.data.sources import EMBEDDED, Source, recognise
 from likely.data.tables import TableForm
 from likely.evaluation import Evaluation, column_nats, evaluate, held_out, tail_probability
 from likely.evaluation.heldout import ExampleNoise, default_batch_size, device_batches, evaluating
@@ -121,8 +121,7 @@ def fit(
         _claim(folder, overwrite)
     model_options, train_options = _split_options(model, options, seed)
     names = [given] if isinstance(given, str) else list(given or ())
-    if isinstance(data, str) and data == "-":
-        data = recognise(data, dict(read or {}).get("format"))  # standard input can be read but once
+    data = _kept(data, read)
     found = schema if isinstance(schema, Schema) else _infer(data, schema, names, read)
     dataset = found.read(data, cache=None if folder is None else folder / "cache", **_file_options(read))
     parts = split(len(dataset), {"valid": valid_fraction, "test": test_fraction}, seed=seed)
@@ -281,6 +280,7 @@ class Scores:
         nats: log-likelihood, nats, shape ``(n,)``; high is normal.
         tail: share of the held-out examples of the fit that are no likelier (a conformal p-value), shape ``(n,)``;
             small is an outlier.
+        rank: the same share of the training examples: the rank among the data that the model has seen.
         column_nats: what each cell adds to ``nats``, shape ``(n, cells)``, or None where the model does not say.
         columns: names of the cells.
         excess: how many nats less likely each cell is than the column's cells usually are, as ``column_nats``.
@@ -289,6 +289,7 @@ class Scores:
     kind: Kind
     nats: np.ndarray
     tail: np.ndarray
+    rank: np.ndarray
     column_nats: np.ndarray | None = None
     columns: tuple[str, ...] = ()
     excess: np.ndarray | None = None
@@ -304,10 +305,10 @@ class Scores:
         return out
 
     def to_frame(self) -> pd.DataFrame:
-        """A DataFrame: nats, tail probability, reasons, and a column of nats for each cell of a table."""
+        """A DataFrame: nats, tail probability, rank among the training rows, reasons, and a column of nats for each cell of a table."""
         import pandas as pd
 
-        data: dict[str, Any] = {"nats": self.nats, "tail_probability": self.tail}
+        data: dict[str, Any] = {"nats": self.nats, "tail_probability": self.tail, "training_rank": self.rank}
         if self.column_nats is not None:
             data["unlikely_because"] = self.reasons()
             for j, name in enumerate(self.columns):
@@ -362,8 +363,10 @@ class Fitted:
         dataset = self.schema.read(data, **dict(read or {}))
         found = held_out(self.model, dataset, seed=seed)
         reference = self._references()
-        tail = tail_probability(reference["held_out_nats"], found.example_nats).numpy()
-        result = Scores(found.kind, found.example_nats.numpy(), tail)
+        tail, rank = (
+            tail_probability(reference[name], found.example_nats).numpy() for name in ("held_out_nats", "train_nats")
+        )
+        result = Scores(found.kind, found.example_nats.numpy(), tail, rank)
         if not columns or not isinstance(dataset.space, Table) or not self.model.can("column_nats"):
             return result
         cells = column_nats(self.model, dataset, seed=seed)
@@ -485,8 +488,9 @@ class Fitted:
                 imputations, drawn from the model.
             seed: of the draws, and of the samples behind the best values.
         """
+        data = _kept(data, read)
         filled, condition = self._impute(data, draws, seed, read)
-        if isinstance(data, (str, Path)):  # a file: its cells in the user's form
+        if isinstance(data, (str, Path, Source)):  # a file: its cells in the user's form
             results = [self.schema.to_user(x, condition) for x in filled]
         else:  # an object: itself, with its holes filled
             results = [self.schema.complete(data, x, **dict(read or {})) for x in filled]
@@ -539,14 +543,15 @@ class Fitted:
         Returns:
             The files written.
         """
+        if draws > 1 and str(path) == "-":
+            raise ValueError(f"draws: {draws} imputations need a file name, not standard output")
+        data = _kept(data, read)
         filled, _ = self._impute(data, draws, seed, read)
         options = dict(read or {})
         target = Path(path)
         if draws < 2:
             self.schema.complete(data, filled[0], path, **options)
             return [target]
-        if str(path) == "-":
-            raise ValueError(f"draws: {draws} imputations need a file name, not standard output")
         stem, suffixes = target.name.split(".", 1) if "." in target.name else (target.name, "")
         files = [target.with_name(f"{stem}-{k + 1}" + (f".{suffixes}" if suffixes else "")) for k in range(draws)]
         for x, file in zip(filled, files):
@@ -807,6 +812,13 @@ def _infer(data: Any, override: Any, given: list[str], read: Mapping[str, Any] |
     if given:
         options["given"] = given
     return infer_schema(data, schema=override, **options)
+
+
+def _kept(data: Any, read: Mapping[str, Any] | None) -> Any:
+    """The data, to be read more than once: standard input is kept in a temporary file."""
+    if isinstance(data, str) and data == "-":
+        return recognise(data, dict(read or {}).get("format"))
+    return data
 
 
 def _file_options(read: Mapping[str, Any] | None) -> dict[str, Any]:

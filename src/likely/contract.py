@@ -457,7 +457,7 @@ class Model(nn.Module):
     #   encode(x, condition=None) -> (batch, latent)           mean embedding, deterministic
     #   decode(z, condition=None, noise=None) -> x             a draw of p(x | z); mean value with noise=None
     #   impute(x, condition=None, noise=None, draws=1) -> x    NaN cells filled: shape (draws, batch, *shape)
-    #   column_nats(x, condition=None, noise=None) -> (batch, dims)   contribution of every cell to the bound
+    #   column_nats(x, condition=None, noise=None) -> (batch, *shape)   contribution of every cell, which sum to the bound
     #   log_weights(x, condition, samples, noise) -> (batch, samples)  importance weights: log mean exp is a bound
 
     def can(self, ability: str) -> bool:
