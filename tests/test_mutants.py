@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from likely.checks import check_names
 from mutants import MUTANTS, Mutant, injected, verdict
 
 
@@ -29,3 +32,11 @@ def test_a_mutant_whose_text_is_gone_is_an_error() -> None:
     gone = Mutant("gone", MUTANTS[0].judge, MUTANTS[0].owner, MUTANTS[0].function, "no such text", "")
     with pytest.raises(LookupError, match="found it 0 times"), injected(gone):
         pass
+
+
+def test_the_documentation_lists_every_mutant_and_check() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "checks.md").read_text(encoding="utf-8")
+    for mutant in MUTANTS:
+        assert f"| {mutant.name} | `{mutant.judge.check}` |" in page
+    for name in check_names():
+        assert f"\n| `{name}` | " in page
