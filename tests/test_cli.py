@@ -253,7 +253,15 @@ def test_score(here: Path) -> None:
     np.testing.assert_allclose(frame["nats"], fitted.score_samples("new.csv"), rtol=1e-12)
     np.testing.assert_allclose(frame["bits"], -frame["nats"] / np.log(2), rtol=1e-12)
     cells = [f"nats:{name}" for name in adult(2, 0).columns]
-    assert list(frame.columns) == ["nats", "bits", "kind", "tail_probability", "training_rank", "unlikely_because", *cells]
+    assert list(frame.columns) == [
+        "nats",
+        "bits",
+        "kind",
+        "tail_probability",
+        "training_rank",
+        "unlikely_because",
+        *cells,
+    ]
     assert (frame["kind"] == "lower bound").all() and frame["tail_probability"].between(0, 1).all()
     piped = run("score", "table", "-", stdin=Path("new.csv").read_bytes())
     assert piped.output == outcome.output
