@@ -23,7 +23,7 @@ from likely.data.csvfile import MISSING
 from likely.data.dataset import Dataset
 from likely.data.errors import DataError, at, check_names, needs, some
 from likely.data.sources import Source, compression, creating, open_bytes
-from likely.data.store import Store, as_tensor, reuse
+from likely.data.store import Store, as_tensor, map_npy, reuse
 
 Values = Literal["binary", "integers", "counts", "reals"]
 Layout = Literal["as is", "HW", "HWC", "CHW"]
@@ -874,7 +874,7 @@ def _load_npy(source: Source, limit: int | None) -> np.ndarray:
         if not shape or not math.prod(shape):
             raise DataError(f"{source.name}: expected an array with examples, got shape {shape}")
         try:
-            return np.load(source.path, mmap_mode="c", allow_pickle=False)
+            return map_npy(source.path)
         except ValueError as fault:
             raise DataError(f"{source.name}: not a whole NumPy array ({fault})") from None
     with open_bytes(source.path) as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from likely.contract import Binary, Space
 from likely.noise import KeyedNoise, Noise, StreamNoise, content_keys
+
+#: A subset of more bytes than this is gathered batch by batch and not copied.
+COPIED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,20 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the examples lie."""
+        return self.x.device
+
+    @property
+    def example_bytes(self) -> int:
+        """Size of one example in bytes."""
+        return math.prod(self.x.shape[1:]) * self.x.element_size()
+
     def subset(self, index: Tensor | slice) -> Dataset:
-        """The examples at ``index``; a slice shares memory, an index tensor copies."""
+        """The examples at ``index``; a slice shares memory, an index tensor copies up to 1 GiB."""
+        if isinstance(index, Tensor) and index.dtype == torch.int64 and len(index) * self.example_bytes > COPIED_BYTES:
+            return Selection(self, index)
         return replace(self, x=self.x[index], condition=None if self.condition is None else self.condition[index])
 
     def batch(self, index: Tensor | slice, noise: Noise | None = None) -> tuple[Tensor, Tensor | None]:
@@ -69,6 +85,58 @@ class Dataset:
         """All batches in the stored order; the last one may be smaller."""
         for start in range(0, len(self), batch_size):
             yield self.batch(slice(start, start + batch_size), noise)
+
+
+class Selection(Dataset):
+    """Some rows of a dataset that is too large to copy; what is asked for is gathered from it.
+
+    Args:
+        whole: may be memory-mapped.
+        rows: row numbers, int64, shape ``(n,)``.
+    """
+
+    def __init__(self, whole: Dataset, rows: Tensor) -> None:
+        for name, value in {
+            "whole": whole,
+            "rows": rows,
+            "space": whole.space,
+            "condition_space": whole.condition_space,
+            "bernoulli_scale": whole.bernoulli_scale,
+        }.items():
+            object.__setattr__(self, name, value)
+
+    whole: Dataset
+    rows: Tensor
+
+    @property
+    def x(self) -> Tensor:  # type: ignore[override]
+        """A copy of all examples, which may not fit in memory."""
+        return _rows(self.whole.x, self.rows)
+
+    @property
+    def condition(self) -> Tensor | None:  # type: ignore[override]
+        """A copy of all conditions."""
+        return None if self.whole.condition is None else _rows(self.whole.condition, self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"Selection({len(self)} of {len(self.whole)} examples of {self.space})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.whole.device
+
+    @property
+    def example_bytes(self) -> int:
+        return self.whole.example_bytes
+
+    def subset(self, index: Tensor | slice) -> Dataset:
+        return self.whole.subset(self.rows[index])
+
+    def batch(self, index: Tensor | slice, noise: Noise | None = None) -> tuple[Tensor, Tensor | None]:
+        return self.whole.batch(self.rows[index], noise)
 
 
 def _rows(x: Tensor, index: Tensor | slice) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,9 +32,25 @@ def as_tensor(array: np.ndarray) -> Tensor:
         array = array.astype(widened)
     elif array.dtype.kind == "f" and array.dtype.itemsize > 8:
         array = array.astype(np.float64)
-    if any(stride < 0 for stride in array.strides) or not array.flags.writeable:
+    if any(stride < 0 for stride in array.strides) or not (array.flags.writeable or isinstance(array, np.memmap)):
         array = array.copy()
-    return torch.from_numpy(array)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*NumPy array is not writable")  # a map: nothing writes to examples
+        return torch.from_numpy(array)
+
+
+def map_npy(path: Path) -> np.ndarray:
+    """A .npy file as a memory map: copy-on-write, or read-only where the system refuses that.
+
+    Linux counts a private writable map as memory that may be needed: it refuses one of a file that is larger than
+    memory and swap together, or than ``ulimit -d``.  A read-only map it grants whatever the size.
+    """
+    try:
+        return np.load(path, mmap_mode="c", allow_pickle=False)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 class Store:
@@ -101,13 +119,13 @@ class Store:
         self._file.write(_npy_header((self._rows, *self._shape), self._dtype))
         self._file.close()
         if self._path is None:
-            array = np.load(self._temporary, mmap_mode="c", allow_pickle=False)
+            array = map_npy(self._temporary)
             with contextlib.suppress(OSError):  # where an open file cannot be removed it stays in the temporary folder
                 self._temporary.unlink()
             return array
         self._temporary.replace(self._path)
         _stamp_path(self._path).write_text(json.dumps(self._stamp), encoding="utf-8")
-        return np.load(self._path, mmap_mode="c", allow_pickle=False)
+        return map_npy(self._path)
 
     def abandon(self) -> None:
         """Remove what was written so far."""
@@ -123,7 +141,7 @@ def reuse(path: Path | None, stamp: Mapping[str, Any]) -> Tensor | None:
         return None
     if json.loads(_stamp_path(path).read_text(encoding="utf-8")) != json.loads(json.dumps(stamp)):
         return None
-    return as_tensor(np.load(path, mmap_mode="c", allow_pickle=False))
+    return as_tensor(map_npy(path))
 
 
 def _stamp_path(path: Path) -> Path:

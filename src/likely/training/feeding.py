@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,13 +34,11 @@ class Feeder:
     """
 
     def __init__(self, data: Dataset, seed: int, device: torch.device) -> None:
-        size = data.x.numel() * data.x.element_size()
-        resident = data.x.device == device or size <= RESIDENT_BYTES
+        size = len(data) * data.example_bytes
+        resident = data.device == device or size <= RESIDENT_BYTES
         self.data = moved(data, device) if resident else data
         self._device = device
-        self._order = Order(
-            len(data), seed, math.prod(data.x.shape[1:]) * data.x.element_size(), device if resident else "cpu"
-        )
+        self._order = Order(len(data), seed, data.example_bytes, device if resident else "cpu")
         self._thread = ThreadPoolExecutor(1) if not resident or size > FETCHED_BYTES else None
         self._next: tuple[tuple[int, int], Future[Dataset]] | None = None
 
@@ -96,10 +93,11 @@ class DevicePasses:
 
 def moved(data: Dataset, device: torch.device) -> Dataset:
     """The data on a device."""
-    if data.x.device == device:
+    if data.device == device:
         return data
     condition = None if data.condition is None else data.condition.to(device, non_blocking=True)
-    return replace(data, x=data.x.to(device, non_blocking=True), condition=condition)
+    x = data.x.to(device, non_blocking=True)
+    return Dataset(data.space, x, data.condition_space, condition, data.bernoulli_scale)
 
 
 def thinned(data: Dataset, limit: int | None) -> tuple[Dataset, int]:
