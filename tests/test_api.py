@@ -98,6 +98,17 @@ def test_imputation_fills_holes_and_nothing_else(fitted: likely.Fitted) -> None:
     assert not np.array_equal(draws[0].loc[holes, "income"], draws[1].loc[holes, "income"])
 
 
+@pytest.mark.parametrize("model", names())
+def test_every_model_that_imputes_gives_best_values_and_draws(model: str) -> None:
+    fitted = likely.fit(people(), model, **(QUICK if model == "vae" else {"progress": False}))
+    holed = people(30, seed=2)
+    best, draws = fitted.impute(holed), fitted.impute(holed, draws=2)
+    assert len(draws) == 2
+    for filled in (best, *draws):
+        assert filled.shape == holed.shape
+        assert not filled.isna().any().any()
+
+
 def test_imputed_files_keep_what_was_there_to_the_letter(fitted: likely.Fitted, tmp_path) -> None:  # type: ignore[no-untyped-def]
     source = tmp_path / "holes.csv"
     people(30, seed=2).to_csv(source, index=False)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -117,7 +118,7 @@ def fit(
     (2,)
     """
     folder = None if out is None else Path(out)
-    if folder is not None:
+    if folder is not None and _is_first_process():
         _claim(folder, overwrite)
     model_options, train_options = _split_options(model, options, seed)
     names = [given] if isinstance(given, str) else list(given or ())
@@ -147,7 +148,7 @@ def fit(
         **models.describe(built),
     }
     fitted = Fitted(found, built, record, folder)
-    if folder is not None:
+    if folder is not None and _is_first_process():
         fitted._write_record()
     return _train(fitted, dataset, parts.indices, train_options, progress, callbacks, resume=False)
 
@@ -305,7 +306,7 @@ class Scores:
         return out
 
     def to_frame(self) -> pd.DataFrame:
-        """A DataFrame: nats, tail probability, rank among the training rows, reasons, and a column of nats for each cell of a table."""
+        """A DataFrame: nats, tail probability, training rank, reasons, and the nats of each cell of a table."""
         import pandas as pd
 
         data: dict[str, Any] = {"nats": self.nats, "tail_probability": self.tail, "training_rank": self.rank}
@@ -801,7 +802,7 @@ def _train(
     fitted._keep_reference(dataset, parts)
     fitted.record["results"] = result.to_json()
     fitted.record["state"] = "finished"
-    if folder is not None:
+    if folder is not None and _is_first_process():
         save_tensors(fitted._reference, folder / "reference.safetensors")
         fitted._write_record()
     return fitted
@@ -832,6 +833,11 @@ def _split_as_recorded(dataset: Dataset, record: Mapping[str, Any], source: str)
     if len(dataset) != expected:
         raise ValueError(f"{source}: the run was fitted to {expected} examples, and this has {len(dataset)}")
     return Split.from_json(record["split"]).indices
+
+
+def _is_first_process() -> bool:
+    """Whether this process is alone or the first of several under ``torchrun``: the one that writes."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _claim(folder: Path, overwrite: bool) -> None:

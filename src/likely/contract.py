@@ -456,8 +456,8 @@ class Model(nn.Module):
     # Optional abilities, present where the family has them:
     #   encode(x, condition=None) -> (batch, latent)           mean embedding, deterministic
     #   decode(z, condition=None, noise=None) -> x             a draw of p(x | z); mean value with noise=None
-    #   impute(x, condition=None, noise=None, draws=1) -> x    NaN cells filled: shape (draws, batch, *shape)
-    #   column_nats(x, condition=None, noise=None) -> (batch, *shape)   contribution of every cell, which sum to the bound
+    #   impute(x, condition=None, noise=None, draws=0) -> x    holes filled by their best values; m draws: (m, *x.shape)
+    #   column_nats(x, condition=None, noise=None) -> (batch, *shape)   what each cell adds to the bound; sums to it
     #   log_weights(x, condition, samples, noise) -> (batch, samples)  importance weights: log mean exp is a bound
 
     def can(self, ability: str) -> bool:

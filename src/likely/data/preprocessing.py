@@ -461,8 +461,8 @@ class Preprocessed(Model):
         """A draw of p(x | z), or with ``noise=None`` the image of the mean of p(y | z)."""
         return self.inverse(self.model.decode(z, condition, noise))  # type: ignore[operator]
 
-    def impute(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None, draws: int = 1) -> Tensor:
-        """Missing cells filled, observed ones untouched: shape ``(draws, batch, *shape)``."""
+    def impute(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None, draws: int = 0) -> Tensor:
+        """Missing cells filled, observed ones untouched: shape of ``x`` for ``draws=0``, else ``(draws, *x.shape)``."""
         noise = noise_or_global(noise, x)
         y, _ = self.transform(x, noise)
         filled = self.inverse(self.model.impute(y, condition, noise, draws))  # type: ignore[operator]

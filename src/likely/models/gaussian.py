@@ -195,24 +195,28 @@ class Gaussian(Model):
         """PPCA: E[z | x] = M⁻¹Wᵀr, shape ``(batch, rank)``.  Full: the whitened L⁻¹r with Σ = LLᵀ, ``(batch, D)``."""
         return self.law.encode(*self._residual(x, condition))
 
-    def impute(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None, draws: int = 1) -> Tensor:
-        """Missing cells filled: shape ``(draws, batch, *space.shape)``.
+    def impute(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None, draws: int = 0) -> Tensor:
+        """Missing cells filled given the observed ones.
 
-        Without ``noise`` by the conditional mean given the observed cells (brought to the grid; the mode for coded
-        columns), with it by draws from their joint conditional law.
+        Args:
+            draws: 0 for the conditional mean (brought to the grid; the mode for coded columns), shape of ``x``; m for m
+                draws from the joint conditional law, shape ``(m, *x.shape)``.
         """
+        noise = noise_or_global(noise, x)
         r, present = self._residual(x, condition)
         mean = self.features(condition, len(x)) @ self.coefficients.T
         expected = self.law.expected(r, present)
         filled = []
-        for _ in range(draws if noise is not None else 1):
+        for _ in range(max(draws, 1)):
             y = expected
-            if noise is not None:
+            if draws:
                 free = self.law.draw(len(x), noise)
                 y = expected + free - self.law.expected(torch.where(present, free, 0.0), present)
-            coded = None if self.beside is None else self.beside.impute(x[:, self._coded], noise=noise)[0]
+            coded = None
+            if self.beside is not None:
+                coded = self.beside.impute(x[:, self._coded], noise=noise, draws=min(draws, 1)).reshape(len(x), -1)
             filled.append(torch.where(torch.isnan(x), self._assemble(y + mean, coded), x.to(self.shift)))
-        return torch.stack(filled).expand(draws, *x.shape)
+        return torch.stack(filled) if draws else filled[0]
 
     def _assemble(self, y: Tensor, coded: Tensor | None) -> Tensor:
         cells = y * self.scale + self.shift

@@ -146,21 +146,22 @@ class Independent(Model):
             x[:, columns] = marginal.draw(n, noise)
         return x.reshape(n, *self.space.shape)
 
-    def impute(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None, draws: int = 1) -> Tensor:
-        """Missing cells filled: shape ``(draws, batch, *space.shape)``.
+    def impute(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None, draws: int = 0) -> Tensor:
+        """Missing cells filled from the marginals.
 
-        Without ``noise`` by the single best value (mean of a number, brought to its grid; mode of a code), with it by
-        draws from the marginals.
+        Args:
+            draws: 0 for the single best values (mean of a number, brought to its grid; mode of a code), shape of ``x``;
+                m for m draws, shape ``(m, *x.shape)``.
         """
         x = x.to(torch.float64)
         absent = torch.isnan(x)
-        if noise is not None:
+        if draws:
+            noise = noise_or_global(noise, x)
             return torch.stack([torch.where(absent, self.sample(len(x), noise=noise), x) for _ in range(draws)])
         best = x.new_empty(self.space.dims)
         for columns, marginal in self._laws():
             best[columns] = marginal.best()
-        filled = torch.where(absent, best.reshape(self.space.shape), x)
-        return filled.expand(draws, *x.shape)
+        return torch.where(absent, best.reshape(self.space.shape), x)
 
     def estimate(self, batches: Batches, report: Callable[[int, float], None] | None = None) -> None:
         """One pass over the data; memory does not grow with the number of examples."""

@@ -216,28 +216,30 @@ class Mixture(Model):
         return x.reshape(n, *self.space.shape)
 
     @torch.no_grad()
-    def impute(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None, draws: int = 1) -> Tensor:
-        """Missing cells filled: shape ``(draws, batch, *space.shape)``.
+    def impute(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None, draws: int = 0) -> Tensor:
+        """Missing cells filled given the observed ones.
 
-        Without ``noise`` by the conditional mean given the observed cells (brought to the grid; the most probable code
-        for categories), with it by draws from their joint conditional law.
+        Args:
+            draws: 0 for the conditional mean (brought to the grid; the most probable code for categories), shape of
+                ``x``; m for m draws from the joint conditional law, shape ``(m, *x.shape)``.
         """
+        noise = noise_or_global(noise, x)
         responsibility = self.encode(x)
         filled = []
-        for _ in range(draws if noise is not None else 1):
+        for _ in range(max(draws, 1)):
             new = self.logits.new_empty((len(x), self.space.dims))
-            if noise is not None:
+            if draws:
                 cumulative = responsibility.cumsum(1)
                 uniform = noise.uniform((len(x), 1)).to(cumulative) * cumulative[:, -1:]
                 component = torch.searchsorted(cumulative, uniform, right=True).squeeze(1)
                 component = component.clamp(max=self.components - 1)
             for columns, law, cells, present in self._cells(x):
-                if noise is None:
+                if not draws:
                     new[:, columns] = law.best(responsibility, cells, present)
                 else:
                     new[:, columns] = law.draw_missing(component, cells, present, noise)
             filled.append(torch.where(torch.isnan(x), new.reshape(x.shape), x.to(new)))
-        return torch.stack(filled).expand(draws, *x.shape)
+        return torch.stack(filled) if draws else filled[0]
 
     # ------------------------------------------------------------------------------------------------- the fit
 
