@@ -44,9 +44,16 @@ def test_model_keeps_the_contract(name: str) -> None:
     assert all(result.status != "failed" for result in results)
 
 
-@pytest.mark.parametrize("model", [Autoregressive, Flow, Diffusion])
-def test_toy_model_keeps_the_contract(model: type[Model]) -> None:
-    check_model(model, skip=["gradients"] if model is Diffusion else [])
+@pytest.mark.parametrize(
+    ("model", "space", "condition"),
+    [
+        (Autoregressive, Tokens(3, 3), Integers((1,), 3)),
+        (Flow, Reals((2,)), Reals((2,))),
+        (Diffusion, Reals((2,)), None),
+    ],
+)
+def test_toy_model_keeps_the_contract(model: type[Model], space: Space, condition: Space | None) -> None:
+    check_model(model, space, condition)
 
 
 def tiny_vae(space: Space, condition: Space | None = None, **options: object) -> VAE:

@@ -297,8 +297,12 @@ def imputation(case: Case) -> str:
         noise = StreamNoise(torch.Generator().manual_seed(0))
         filled = stage.model.impute(x, condition, noise, draws=3)  # type: ignore[operator]
     require(tuple(filled.shape) == (3, *x.shape), f"expected shape {(3, *x.shape)}, got {tuple(filled.shape)}")
+    best = stage.model.impute(x, condition)  # type: ignore[operator]
+    require(
+        tuple(best.shape) == tuple(x.shape), f"best values: expected shape {tuple(x.shape)}, got {tuple(best.shape)}"
+    )
     observed = ~torch.isnan(x)
-    for draw in filled:
+    for draw in (best, *filled):
         case.space.validate(draw, "impute")
         require(not torch.isnan(draw).any(), "a hole was left")
         require(torch.equal(draw[observed].to(x), x[observed]), "an observed cell was changed")
