@@ -186,6 +186,19 @@ def test_evaluation_uses_what_the_fit_kept_aside(fitted: likely.Fitted) -> None:
         loaded.evaluate()
 
 
+def test_the_source_is_found_from_another_folder(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    people().to_csv(tmp_path / "data" / "people.csv", index=False)
+    monkeypatch.chdir(tmp_path / "data")
+    likely.fit("people.csv", "independent", out="../run", progress=False)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert likely.load("../run").evaluate(classic=False).held_out.n == 30
+    (tmp_path / "data" / "people.csv").unlink()
+    with pytest.raises(ValueError, match=r"people\.csv is not there any more"):
+        likely.load("../run").evaluate()
+
+
 def test_data_without_a_resolution_get_no_bits() -> None:
     x = np.random.default_rng(0).normal(size=(200, 3))
     evaluation = likely.fit(x, "gaussian", progress=False).evaluate()

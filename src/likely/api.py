@@ -140,6 +140,7 @@ def fit(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "name": model if isinstance(model, str) else model.name(),
         "source": str(data) if isinstance(data, (str, Path)) else None,
+        "source_path": _absolute(data),
         "examples": {"all": len(dataset), **{name: len(index) for name, index in parts.indices.items()}},
         "read": dict(read or {}),
         "split": parts.to_json(),
@@ -169,7 +170,7 @@ def resume(run: str | Path, data: Any = None, *, progress: bool = True, callback
     record = fitted.record
     if record["state"] == "finished":
         return load(run)
-    source = data if data is not None else record["source"]
+    source = data if data is not None else _find_source(record)
     if source is None:
         raise ValueError(f"{run}: the run was fitted to data in memory; pass them as data=")
     dataset = fitted.schema.read(source, cache=Path(run) / "cache", **_file_options(record["read"]))
@@ -708,11 +709,11 @@ class Fitted:
     def _part(self, *names: str, optional: bool = False) -> Dataset:
         """The first of the named parts of the fitted data that is not empty, read again from its source if need be."""
         if self._data is None:
-            source = self.record["source"]
+            source, typed = _find_source(self.record), self.record["source"]
             if source is None or not _readable(source):
                 if optional:
                     return None  # type: ignore[return-value]
-                gone = f"{source} is not there any more" if source else "the run was fitted to data in memory"
+                gone = f"{typed} is not there any more" if typed else "the run was fitted to data in memory"
                 raise ValueError(f"data: pass the data to evaluate; {gone}")
             cache = None if self.folder is None else self.folder / "cache"
             dataset = self.schema.read(source, cache=cache, **_file_options(self.record["read"]))
@@ -866,6 +867,18 @@ def _with_holes(schema: Schema) -> Schema:
         columns = tuple(c if c.role == "ignore" else replace(c, missing=True) for c in form.columns)
         return replace(schema, form=replace(form, columns=columns))
     return schema
+
+
+def _absolute(data: Any) -> str | None:
+    """Where a file or folder lies, so that it is found from another working folder; None for all else."""
+    is_path = isinstance(data, (str, Path)) and str(data) not in ("-", *EMBEDDED)
+    return str(Path(data).absolute()) if is_path else None
+
+
+def _find_source(record: Mapping[str, Any]) -> str | None:
+    """The recorded source: as it was typed if it is there, else where it lay."""
+    typed = record["source"]
+    return record.get("source_path") if typed is not None and not _readable(typed) else typed
 
 
 def _readable(source: str) -> bool:
