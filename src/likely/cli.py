@@ -568,7 +568,9 @@ def _resumable(run: str) -> Iterator[None]:
 
 
 def _conclude(fitted: Fitted, run: str, as_json: bool) -> None:
-    """What a person wants to know after a fit."""
+    """What a person wants to know after a fit; of several processes under ``torchrun`` the first one says it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         _print_json(fitted.info())
     else:
