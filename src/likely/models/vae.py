@@ -277,7 +277,7 @@ class VAE(Model):
         return p.best() if noise is None else p.sample(noise)
 
     def column_nats(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
-        """Each cell's share of the bound in nats, shape ``(batch, *space.shape)``; they sum to it.
+        """Each cell's share of the one-sample bound in nats, shape ``(batch, *space.shape)``; they sum to it.
 
         The cell's own log p(x_j | z), and of the KL, which belongs to all observed cells together, an equal share.
         A missing cell has 0.
