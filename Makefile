@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 
 demo: $(READY)  ## fit a VAE to scikit-learn's digits, compare it, draw samples and write a report
 	$(BIN)/likely fit digits --model vae --out demo/run --test-fraction 0.2 --steps 2000 --overwrite dropout=0.1
-	$(BIN)/likely evaluate demo/run
+	$(BIN)/likely evaluate demo/run --samples 100
 	$(BIN)/likely sample demo/run -n 64 --seed 0 -o demo/samples.npz
 	$(BIN)/likely report demo/run -o demo/report.html
 	@echo "Samples: demo/samples.npz   Report: demo/report.html"

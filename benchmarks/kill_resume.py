@@ -15,23 +15,27 @@ import argparse
 import json
 import math
 import os
+import platform
 import random
 import signal
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # which optimisers import at their first step: here once, and not in every child
 
+import likely
 from likely.contract import Column, Table
 from likely.data.dataset import Dataset
 from likely.models.vae import VAE
 from likely.training import train
 from likely.training.checkpoints import Checkpoints
 
+RESULTS = Path(__file__).parent / "results" / "kill_resume"
 #: Kills of one run; then it may finish.
 KILLS = 5
 
@@ -155,8 +159,29 @@ def main() -> int:
             wrong += [name for name in expected[1] if values.get(name) != expected[1][name]]
             differing += bool(wrong)
             print(f"run {runs} finished: " + (f"differs in {', '.join(wrong)}" if wrong else "equal to the bit"))
-    print(f"{kills} kills ({torn} in the middle of a checkpoint), {runs} finished runs, {differing} differ")
+    said = f"{kills} kills ({torn} in the middle of a checkpoint), {runs} finished runs, {differing} differ"
+    print(said)
+    record(
+        arguments, {"kills": kills, "in_a_checkpoint": torn, "finished_runs": runs, "runs_that_differ": differing}, said
+    )
     return 1 if differing else 0
+
+
+def record(arguments: argparse.Namespace, result: dict[str, int], said: str) -> None:
+    """Keep the result as JSON and as a page, with what it was measured on."""
+    command = f"python benchmarks/kill_resume.py --kills {arguments.kills} --steps {arguments.steps}"
+    about = {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
+        "versions": {"likely": likely.__version__, "torch": torch.__version__},
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.with_suffix(".json").write_text(json.dumps({**result, **about}, indent=1) + "\n")
+    page = (
+        f"# Killed and resumed\n\n{said}.\n\n`{command}`; {about['machine']}; {about['versions']}; {about['date']}.\n"
+    )
+    RESULTS.with_suffix(".md").write_text(page)
 
 
 if __name__ == "__main__":
