@@ -28,7 +28,7 @@ import pandas as pd
 import sklearn
 import torch
 from sklearn.experimental import enable_iterative_imputer  # noqa: F401
-from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
+from sklearn.impute import IterativeImputer, KNNImputer
 
 import likely
 
@@ -103,7 +103,7 @@ def imputation(fitted: likely.Fitted, train: pd.DataFrame, test: pd.DataFrame, s
         "likely vae, single best": lambda: fitted.impute(holed),
         "mean / mode": lambda: mean_or_mode(train, holed, numbers),
         "KNN (5 neighbours)": lambda: coder.fill(KNNImputer(n_neighbors=5), holed),
-        "IterativeImputer (BayesianRidge)": lambda: coder.fill(IterativeImputer(max_iter=5, random_state=0), holed),
+        "IterativeImputer (BayesianRidge)": lambda: coder.fill(coder.iterative(), holed),
     }
     rows = []
     for name, method in methods.items():
@@ -147,6 +147,10 @@ class OneHot:
         values = train[numbers].astype(float)
         self.mean, self.scale = values.mean(), values.std()
         self.levels = {c: sorted(train[c].dropna().astype(str).unique()) for c in self.columns if c not in numbers}
+        #: the column that each feature belongs to
+        self.column_of = [*range(len(numbers))]
+        for j, levels in enumerate(self.levels.values(), start=len(numbers)):
+            self.column_of += [j] * len(levels)
         self.train = self.encode(train)
 
     def encode(self, frame: pd.DataFrame) -> np.ndarray:
@@ -159,9 +163,21 @@ class OneHot:
             pieces.append(hot)
         return np.concatenate(pieces, 1)
 
+    def iterative(self) -> IterativeImputer:
+        """Regressions that were fitted to rows with holes as many as it will meet, and kept in the columns' ranges.
+
+        (Fitted to the rows without their holes it extrapolates without bound: 182 standard deviations.)
+        """
+        low, high = np.nanmin(self.train, axis=0), np.nanmax(self.train, axis=0)
+        return IterativeImputer(max_iter=10, random_state=0, min_value=low, max_value=high)
+
     def fill(self, imputer: Any, holed: pd.DataFrame) -> pd.DataFrame:
         """The rows as the imputer, fitted to the training rows, fills them."""
-        imputer.fit(SimpleImputer().fit_transform(self.train) if isinstance(imputer, IterativeImputer) else self.train)
+        train = self.train
+        if isinstance(imputer, IterativeImputer):
+            removed = np.random.default_rng(1).random((len(train), len(self.columns))) < REMOVED
+            train = np.where(removed[:, self.column_of], np.nan, train)
+        imputer.fit(train)
         filled = imputer.transform(self.encode(holed))
         out = holed.copy()
         start = len(self.numbers)
