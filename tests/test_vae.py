@@ -120,6 +120,10 @@ def test_a_prior_known_from_below_adds_up_in_the_elbo_and_is_refused_with_import
     assert abs(difference.mean()) < 4.5 * difference.std() / 4000**0.5
     with pytest.raises(Unsupported, match=r"samples: prior .* known only as a lower bound"):
         VAE(BITS, latent_dim=2, hidden=(4,), prior=prior, samples=5)
+    with pytest.raises(Unsupported, match=r"samples: prior .* known only as a lower bound"):
+        model.log_weights(x, None, 5, stream(0))
+    with pytest.raises(Unsupported, match="kl_warmup, free_bits"):
+        VAE(BITS, samples=5, kl_warmup=100)
 
 
 def test_a_learned_mixture_prior_gets_gradients_and_samples() -> None:

@@ -114,6 +114,8 @@ class VAE(Model):
             raise ValueError(f"gradient: expected 'total' or 'path', got {gradient!r}")
         if gradient == "path" and free_bits:
             raise Unsupported("free_bits: needs the KL in closed form, which gradient='path' does not use")
+        if samples > 1 and gradient == "total" and (kl_warmup or free_bits):
+            raise Unsupported("kl_warmup, free_bits: the k-sample bound has no KL of its own; use samples=1")
         if not 0.0 <= hide <= 1.0:
             raise ValueError(f"hide: expected a share from 0 to 1, got {hide}")
         self._may_miss = space.missing or isinstance(space, Table)
@@ -135,11 +137,8 @@ class VAE(Model):
         self.likelihood_head = head(likelihood, space, out_shape, **dict(likelihood_options or {}))
         self.prior = _prior(prior, latent_dim, prior_options)
         self.kind: Kind = "lower bound" if self.prior is None else weakest("lower bound", _kind(self.prior))
-        if samples > 1 and self.prior is not None and _kind(self.prior) != "exact":
-            raise Unsupported(
-                f"samples: prior {self.prior.name()!r} is known only as a {_kind(self.prior)}; its values are no "
-                "importance weights, and with k > 1 samples the result would not be a bound; use samples=1"
-            )
+        if samples > 1:
+            self._check_weights()
 
     # The three conditionals of the paper ---------------------------------------------------------------------
 
@@ -207,7 +206,12 @@ class VAE(Model):
         return Bound("lower bound", parts)
 
     def log_weights(self, x: Tensor, condition: Tensor | None, samples: int, noise: Noise) -> Tensor:
-        """log wᵢ = log p(x | zᵢ) + log p(zᵢ) − log q(zᵢ | x) with zᵢ ~ q: shape ``(batch, samples)``, nats."""
+        """log wᵢ = log p(x | zᵢ) + log p(zᵢ) − log q(zᵢ | x) with zᵢ ~ q: shape ``(batch, samples)``, nats.
+
+        Raises:
+            Unsupported: the prior is known only from below, so that its values are no weights.
+        """
+        self._check_weights()
         context = self._context(condition)
         z, log_q = _draws(self.posterior(x, context), samples, noise)
         return self._log_likelihood(x, z, context) + self.log_prior(z, noise) - log_q
@@ -349,6 +353,13 @@ class VAE(Model):
     @property
     def _dtype(self) -> torch.dtype:
         return self.posterior_head.weight.dtype
+
+    def _check_weights(self) -> None:
+        if self.prior is not None and (kind := _kind(self.prior)) != "exact":
+            raise Unsupported(
+                f"samples: prior {self.prior.name()!r} is known only as a {kind}; its values are no importance "
+                "weights, and with k > 1 samples the result would not be a bound; use samples=1"
+            )
 
     def _context(self, condition: Tensor | None) -> Tensor | None:
         """Features of the condition as a vector, or None."""
