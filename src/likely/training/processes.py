@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,8 +113,16 @@ def join(device: str) -> Processes:
 
 
 def _leave() -> None:
+    """End the group before the interpreter ends.
+
+    A thread of gloo lets go of a finished reduction under Python's lock, and one that asks for the lock while the
+    interpreter is ending aborts the process.  So what is left is collected, and the threads get the time to let go.
+    """
+    gc.collect()
+    time.sleep(0.2)
     if dist.is_initialized():
         dist.destroy_process_group()
+    time.sleep(0.2)
 
 
 class LossModule(nn.Module):
