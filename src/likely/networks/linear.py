@@ -22,6 +22,7 @@ def _prefers_onednn() -> bool:
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch._C, "_are_functorch_transforms_active")
     )
 
 
