@@ -449,30 +449,29 @@ class Fitted:
     def _sample(self, n: int, seed: int, where: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         if n < 1:
             raise ValueError(f"n: expected at least one example, got {n}")
-        noise = KeyedNoise(seed, torch.arange(n))
         condition = self._condition(where, n)
-        with evaluating(self.model) as device, torch.no_grad():
-            condition_there = None if condition is None else condition.to(device)
-            if not where:
-                x = (
-                    self.model.sample(n, condition_there, noise)
-                    if condition is not None
-                    else self.model.sample(n, noise=noise)
-                )
-                return x.cpu(), condition
-            if not isinstance(self.schema.space, Table):
-                raise ValueError(f"where: this data has no columns, got {', '.join(where)}")
-            if not self.model.can("impute"):
-                raise ValueError(f"where: model {self.model.name()!r} cannot draw some columns given others")
-            row = self._partial_row(where)
-            pieces = []
+        if not where:
+            return self._draw(n, condition, seed), condition
+        if not isinstance(self.schema.space, Table):
+            raise ValueError(f"where: this data has no columns, got {', '.join(where)}")
+        if not self.model.can("impute"):
+            raise ValueError(f"where: model {self.model.name()!r} cannot draw some columns given others")
+        row = self._partial_row(where)
+        pieces = []
+        with evaluating(self.model) as device:
             for start in range(0, n, 100):
                 size = min(100, n - start)
-                keys = KeyedNoise(seed, torch.arange(start, start + size))
-                part = None if condition_there is None else condition_there[start : start + size]
-                drawn = self.model.impute(row.expand(size, -1).to(device), part, keys, draws=1)[0]  # type: ignore[operator]
+                noise = KeyedNoise(seed, torch.arange(start, start + size, device=device))
+                part = None if condition is None else condition[start : start + size].to(device)
+                drawn = self.model.impute(row.expand(size, -1).to(device), part, noise, draws=1)[0]  # type: ignore[operator]
                 pieces.append(drawn.cpu())
-            return torch.cat(pieces), condition
+        return torch.cat(pieces), condition
+
+    def _draw(self, n: int, condition: Tensor | None, seed: int) -> Tensor:
+        """``n`` samples, each under its row of the condition where the model has one."""
+        with evaluating(self.model) as device:
+            noise = KeyedNoise(seed, torch.arange(n, device=device))
+            return self.model.sample(n, None if condition is None else condition.to(device), noise).cpu()
 
     def impute(
         self,
@@ -595,7 +594,7 @@ class Fitted:
             evaluations=[evaluation],
             history=self.history(),
             data=self._shown(x, condition),
-            samples=self._shown(*self._like(condition, len(shown), seed)),
+            samples=self._shown(self._draw(len(shown), condition, seed), condition),
             reconstructions=self._reconstructions(x, condition),
             embedding=self._encode(shown).numpy() if self.model.can("encode") else None,
         )
@@ -613,13 +612,6 @@ class Fitted:
             "fitted": self.record["created"],
             "likely": self.record["likely"],
         }
-
-    def _like(self, condition: Tensor | None, n: int, seed: int) -> tuple[Tensor, Tensor | None]:
-        """``n`` samples, under the given conditions where the model has one."""
-        with evaluating(self.model) as device:
-            noise = KeyedNoise(seed, torch.arange(n, device=device))
-            there = None if condition is None else condition.to(device)
-            return self.model.sample(n, there, noise).cpu(), condition
 
     def _shown(self, x: Tensor, condition: Tensor | None) -> Any:
         """Examples in the form a report shows: as the user has them, but images in the model's layout."""
