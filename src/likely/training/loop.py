@@ -481,10 +481,13 @@ class Run:
     # Interruptions and checkpoints --------------------------------------------------------------------------
 
     def _agree(self, interrupts: _Interrupts) -> None:
-        """Act on a signal or on ``stop()``; several processes do so after the same step."""
+        """Act on a signal or on ``stop()``; several processes do so after the same step.
+
+        They ask each other about twice a second, and after every evaluation, where they have met anyhow.
+        """
         interrupted = interrupts.received
         if self.processes.count > 1:
-            if self.step < self._next_agreement:
+            if self.step < self._next_agreement and self.step % self.evaluate_every:
                 return
             pace = (time.monotonic() - self._started) / max(1, self.step)
             wait = min(1000.0, max(1.0, 0.5 / pace)) if self.processes.first else 0.0
