@@ -1,0 +1,1 @@
+"""Lossless coding: entropy coder, codecs, bits-back, the file format ``.lk``."""
