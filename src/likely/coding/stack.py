@@ -1,0 +1,408 @@
+"""The entropy coder: interleaved rANS over many lanes, in integer NumPy.
+
+Asymmetric numeral systems (Duda 2013, arXiv:1311.2540) keep a message as one large number.  Coding a symbol that
+occupies ``[start, start + freq)`` of the range ``[0, 2^P)`` replaces the number *h* by
+
+    (h // freq) · 2^P + h mod freq + start,
+
+which adds P − log2 freq bits; decoding looks at *h mod 2^P*, finds the symbol and undoes the step.  It is a stack:
+the symbol coded last is decoded first, and decoding what was never coded yields samples, which is what bits-back
+coding needs (Townsend, Bird & Barber 2019, arXiv:1901.04866).
+
+Here the number is held by L *lanes* (Giesen 2014, arXiv:1402.3392), each with a head in [2^32, 2^64), above one common
+stack of 32-bit words.  All lanes move at once, so that NumPy does the work.  Everything is integer arithmetic modulo
+2^64: the byte stream is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from likely.coding.errors import Damaged
+
+Words: TypeAlias = NDArray[np.uint32]
+Integers: TypeAlias = NDArray[np.int64]
+Unsigned: TypeAlias = NDArray[np.uint64]
+
+#: ``find(part, residues)``: part of the symbols at work (a slice), their residues in [0, 2^P) as uint64, in a buffer
+#: that is overwritten later; returns the symbols, and the start and the freq of each.
+Find: TypeAlias = Callable[[slice, Unsigned], tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]
+
+#: ``supply(start, stop)``: words number start … stop − 1 of an endless sequence.
+Supply: TypeAlias = Callable[[int, int], Words]
+
+#: Largest number of bits that the frequencies of one symbol may sum to.
+MAX_PRECISION = 32
+
+_ONE = np.uint64(1)
+_32 = np.uint64(32)
+_OPEN = np.uint64(1 << 32)
+_LOW = np.uint64((1 << 32) - 1)
+
+
+def initial_words(start: int, stop: int) -> Words:
+    """Words number ``start`` … ``stop − 1`` of the fixed sequence that lies below every message.
+
+    Word *i* is the upper half of output *i* of splitmix64 with seed 0 (Steele, Lea & Flood 2014).  An encoder that runs
+    dry borrows from it, and a decoder that has read everything must be left with it.
+
+    >>> [hex(word) for word in initial_words(0, 2)]
+    ['0xe220a839', '0x6e789e6a']
+    """
+    with np.errstate(over="ignore"):
+        x = np.arange(start + 1, stop + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return (x >> _32).astype(np.uint32)
+
+
+class Stack:
+    """A message under construction: push symbols on it, pop them off in reverse.
+
+    >>> stack = Stack(lanes=2)
+    >>> stack.push([0, 3, 3], [3, 1, 1], precision=2)          # P(0) = 3/4, P(1) = 1/4; the symbols 0, 1, 1
+    >>> round(stack.bits, 3)
+    4.415
+    >>> def find(part, residues):
+    ...     ones = residues >= 3
+    ...     return ones, np.where(ones, 3, 0), np.where(ones, 1, 3)
+    >>> copy = Stack.from_words(stack.to_words(), lanes=2)     # what a file would hold
+    >>> copy.pop(3, 2, find)
+    array([0, 1, 1])
+    >>> copy.finish()                                          # nothing is left, nothing was damaged
+
+    Args:
+        lanes: how many symbols are coded at once.  Each lane is opened with one word.
+        words: what lies on the stack, the last word on top (for instance random bits, to sample from).
+        supply: where words come from when the stack runs dry.  The default makes an encoder; None makes a decoder,
+            which raises :class:`Damaged` instead.
+
+    Attributes:
+        bits: ideal length in bits of what was pushed and not popped: the sum of P − log2 freq.  For reports only.
+        supplied: number of words that came from ``supply``: what bits-back borrowed, one for each first lane included.
+    """
+
+    def __init__(self, lanes: int = 1, words: ArrayLike = (), supply: Supply | None = initial_words) -> None:
+        self.bits = 0.0
+        self.supplied = 0
+        self._supply = supply
+        self._words: Words = np.array(words, dtype=np.uint32)
+        self._top = len(self._words)
+        self._heads: Unsigned = np.zeros(0, np.uint64)
+        self.resize(lanes)
+
+    # ---------------------------------------------------------------------------------------------------- symbols
+
+    def push(self, start: ArrayLike, freq: ArrayLike, precision: int) -> None:
+        """Code symbols that occupy ``[start, start + freq)`` of ``[0, 2^precision)``; :meth:`pop` gives them in order.
+
+        Args:
+            start: integers, shape ``(n,)``; symbol j goes to lane j mod L.
+            freq: integers ≥ 1, of the same shape or broadcast to it.
+            precision: 1 … 32.
+
+        Raises:
+            ValueError: a symbol has no room in the range.
+        """
+        starts = _unsigned(start, "start")
+        freqs = np.broadcast_to(_unsigned(freq, "freq"), starts.shape)
+        _check_precision(precision)
+        total = np.uint64(1 << precision)
+        keep = np.uint64(64 - precision)
+        n, lanes = len(starts), self.lanes
+        for first in reversed(range(0, n, lanes)):
+            s, f = starts[first : first + lanes], freqs[first : first + lanes]
+            h, spare, flags = self._heads[: len(s)], self._spare[: len(s)], self._flags[: len(s)]
+            np.subtract(total, f, out=spare)  # beyond 2^precision wraps to huge numbers, so both checks see it
+            if f.min() < _ONE or f.max() > total or (s > spare).any():
+                raise ValueError(_no_room(s, f, precision, first))
+            np.right_shift(h, keep, out=spare)
+            self._emit(h, np.greater_equal(spare, f, out=flags))
+            np.floor_divide(h, f, out=spare)
+            spare *= total - f
+            h += spare
+            h += s
+            self.bits += len(s) * precision - float(np.log2(f).sum())
+
+    def pop(self, n: int, precision: int, find: Find) -> Integers:
+        """Decode ``n`` symbols; of random bits, draw them.
+
+        Args:
+            n: how many.
+            precision: that of the push, 1 … 32.
+            find: see :data:`Find`; must return, for whatever residues, symbols whose ranges hold them.
+
+        Returns:
+            the symbols, int64, shape ``(n,)``.
+
+        Raises:
+            Damaged: the message ended early.
+        """
+        _check_precision(precision)
+        symbols = np.empty(n, np.int64)
+        mask, shift = np.uint64((1 << precision) - 1), np.uint64(precision)
+        lanes = self.lanes
+        for first in range(0, n, lanes):
+            part = slice(first, min(first + lanes, n))
+            size = part.stop - first
+            h, residues = self._heads[:size], self._spare[:size]
+            np.bitwise_and(h, mask, out=residues)
+            symbols[part], start, freq = find(part, residues)
+            f = _unsigned(freq, "freq")
+            h >>= shift
+            h *= f
+            h += residues
+            h -= _unsigned(start, "start")
+            self._refill(h, np.less(h, _OPEN, out=self._flags[:size]))
+            self.bits -= size * precision - float(np.log2(f).sum())
+        return symbols
+
+    # ------------------------------------------------------------------------------------------------ whole numbers
+
+    def push_uniform(self, values: ArrayLike, sizes: ArrayLike) -> None:
+        """Code numbers in ``[0, size)``, all equally likely: log2 size bits each, for every size from 1 to 2^32.
+
+        The range need not be a power of two: the number *h* becomes h · size + value, with the head kept in the
+        interval [k · size, 2^32 · k · size), k = ⌊2^32 / size⌋, on which that step is reversible to the bit.
+
+        Args:
+            values: integers, shape ``(n,)``.
+            sizes: integers, of the same shape or broadcast to it.
+
+        Raises:
+            ValueError: a size is not in [1, 2^32] or a value not in [0, size).
+        """
+        numbers = _unsigned(values, "values")
+        lanes = self.lanes
+        for first in reversed(range(0, len(numbers), lanes)):
+            v = numbers[first : first + lanes]
+            r, k = _sizes(sizes, slice(first, first + len(v)))
+            if (v >= r).any():
+                at = int(np.flatnonzero(v >= r)[0])
+                size = int(np.broadcast_to(r, v.shape)[at])
+                raise ValueError(f"values: expected 0 … {size - 1}, got {v[at].astype(np.int64)} at {first + at}")
+            h, spare, flags = self._heads[: len(v)], self._spare[: len(v)], self._flags[: len(v)]
+            np.right_shift(h, _32, out=spare)
+            self._emit(h, np.greater_equal(spare, k, out=flags))
+            h *= r
+            h += v
+            self._refill(h, np.less(h, _OPEN, out=flags))
+            self.bits += float(np.log2(np.broadcast_to(r, v.shape)).sum())
+
+    def pop_uniform(self, sizes: ArrayLike, n: int | None = None) -> Integers:
+        """Decode what :meth:`push_uniform` coded.
+
+        Args:
+            sizes: integers in [1, 2^32], shape ``(n,)``; or one number for ``n`` values.
+
+        Returns:
+            int64, shape ``(n,)``.
+        """
+        n = len(np.asarray(sizes)) if n is None else n
+        values = np.empty(n, np.int64)
+        lanes = self.lanes
+        for first in range(0, n, lanes):
+            part = slice(first, min(first + lanes, n))
+            size = part.stop - first
+            r, k = _sizes(sizes, part)
+            h, spare, flags = self._heads[:size], self._spare[:size], self._flags[:size]
+            np.right_shift(h, _32, out=spare)
+            self._emit(h, np.greater_equal(spare, k * r, out=flags))
+            np.floor_divide(h, r, out=spare)
+            h -= spare * r
+            values[part] = h
+            h[:] = spare
+            self._refill(h, np.less(h, _OPEN, out=flags))
+            self.bits -= float(np.log2(np.broadcast_to(r, (size,))).sum())
+        return values
+
+    # -------------------------------------------------------------------------------------------------------- lanes
+
+    @property
+    def lanes(self) -> int:
+        """How many symbols are coded at once."""
+        return len(self._heads)
+
+    def resize(self, lanes: int) -> None:
+        """Open lanes with words taken from the stack, or close them and return the words.
+
+        A word w becomes the head 2^32 + w: opening a lane costs 0.5 bits and not a whole new head.
+
+        Raises:
+            Damaged: a lane to be closed is not as it was when opened.
+        """
+        if lanes < 1:
+            raise ValueError(f"lanes: expected at least 1, got {lanes}")
+        self._set_lanes(lanes)
+
+    def _set_lanes(self, lanes: int) -> None:
+        if lanes > self.lanes:
+            opened = self._take(lanes - self.lanes).astype(np.uint64) | _OPEN
+            self._heads = np.concatenate([self._heads, opened])
+        else:
+            closed = self._heads[lanes:]
+            if (closed >> _32 != _ONE).any():
+                raise Damaged("a lane of the coder does not end as it began")
+            self._put(closed)
+            self._heads = self._heads[:lanes].copy()
+        self._spare = np.empty_like(self._heads)
+        self._flags = np.empty(self.lanes, bool)
+
+    # -------------------------------------------------------------------------------------------------------- words
+
+    @property
+    def size_bits(self) -> float:
+        """Information held in all, in bits: 32 for each word and log2 of each head."""
+        return 32.0 * self._top + float(np.log2(self._heads).sum())
+
+    def to_words(self) -> Words:
+        """The message as it is stored: words, then heads without their leading zeros (5 bits for each length).
+
+        Layout, last word on top: the stack; the low half of every head; the high halves without leading one, each in
+        as many bits as it has, from the most significant; the number of these bits, 5 bits a lane.  Each group is
+        filled with zeros to a whole word.
+        """
+        high = self._heads >> _32
+        lengths = np.zeros(self.lanes, np.int64)
+        for step in (16, 8, 4, 2, 1):
+            lengths += step * (high >> (lengths + step).astype(np.uint64) > 0)
+        columns = np.arange(31)
+        shifts = lengths[:, None] - 1 - columns
+        bits = (high[:, None] >> np.maximum(shifts, 0).astype(np.uint64)) & _ONE
+        fives = (lengths[:, None] >> np.arange(4, -1, -1)) & 1
+        tail = [self._heads.astype(np.uint32), _pack(bits[shifts >= 0]), _pack(fives.ravel())]
+        return np.concatenate([self._words[: self._top], *tail])
+
+    @classmethod
+    def from_words(cls, words: ArrayLike, lanes: int, supply: Supply | None = None) -> Stack:
+        """The stack that :meth:`to_words` wrote.
+
+        Args:
+            words: uint32, shape ``(n,)``.
+            lanes: the number of lanes it had.
+
+        Raises:
+            Damaged: the words are no such message.
+        """
+        given = np.asarray(words, dtype=np.uint32)
+        if lanes < 1:
+            raise Damaged(f"expected at least 1 lane, got {lanes}")
+        rest, fives = _split(given, 5 * lanes)
+        lengths = fives.reshape(lanes, 5) @ (1 << np.arange(4, -1, -1))
+        rest, bits = _split(rest, int(lengths.sum()))
+        if len(rest) < lanes:
+            raise Damaged(f"expected at least {lanes} words for the heads of the coder, got {len(rest)}")
+        shifts = lengths[:, None] - 1 - np.arange(31)
+        table = np.zeros(shifts.shape, np.int64)
+        table[shifts >= 0] = bits
+        high = (1 << lengths) + (table << np.maximum(shifts, 0)).sum(1)
+        stack = cls.__new__(cls)
+        stack.bits, stack.supplied, stack._supply = 0.0, 0, supply
+        stack._words, stack._top = rest[:-lanes].copy(), len(rest) - lanes
+        stack._heads = high.astype(np.uint64) << _32 | rest[-lanes:].astype(np.uint64)
+        stack._spare, stack._flags = np.empty_like(stack._heads), np.empty(lanes, bool)
+        return stack
+
+    def finish(self) -> None:
+        """Check that everything was popped: what is left must be what every message starts on.
+
+        Raises:
+            Damaged: it is not.
+        """
+        self._set_lanes(0)
+        if not np.array_equal(self._words[: self._top][::-1], initial_words(0, self._top)):
+            raise Damaged("the decoded message does not end where it should")
+
+    def _emit(self, heads: Unsigned, flags: NDArray[np.bool_]) -> None:
+        """Move the low word of the flagged heads to the stack."""
+        index = np.flatnonzero(flags)
+        if len(index):
+            full = heads[index]
+            self._put(full)
+            heads[index] = full >> _32
+
+    def _refill(self, heads: Unsigned, flags: NDArray[np.bool_]) -> None:
+        """Undo :meth:`_emit`."""
+        index = np.flatnonzero(flags)
+        if len(index):
+            heads[index] = heads[index] << _32 | self._take(len(index))
+
+    def _put(self, values: Unsigned) -> None:
+        """Push the low words of ``values``."""
+        end = self._top + len(values)
+        if end > len(self._words):
+            larger = np.empty(max(1024, 2 * end), np.uint32)
+            larger[: self._top] = self._words[: self._top]
+            self._words = larger
+        self._words[self._top : end] = values  # keeps the low half
+        self._top = end
+
+    def _take(self, n: int) -> Words:
+        """Pop ``n`` words; they are a view, valid until the next push."""
+        short = n - self._top
+        if short > 0:
+            if self._supply is None:
+                raise Damaged(f"the message ends early: expected {n} more words, got {self._top}")
+            fresh = self._supply(self.supplied, self.supplied + short)[::-1]
+            self._words = np.concatenate([fresh, self._words[: self._top]])
+            self._top, self.supplied = n, self.supplied + short
+        self._top -= n
+        return self._words[self._top : self._top + n]
+
+
+def _unsigned(values: ArrayLike, name: str) -> Unsigned:
+    array = np.asarray(values)
+    if array.dtype == np.uint64:
+        return array
+    if array.dtype == np.int64:
+        return array.view(np.uint64)  # negative numbers become huge ones, which every check refuses
+    if array.dtype == np.bool_ or np.issubdtype(array.dtype, np.integer):
+        return array.astype(np.int64).view(np.uint64)
+    if array.size == 0:
+        return array.astype(np.uint64)
+    raise ValueError(f"{name}: expected integers, got {array.dtype}")
+
+
+def _sizes(sizes: ArrayLike, part: slice) -> tuple[Unsigned, Unsigned]:
+    """A part of the sizes of uniform numbers, and ⌊2^32 / size⌋; single numbers stay so, for speed."""
+    r = _unsigned(sizes, "sizes")
+    r = r[part] if r.ndim else r
+    if r.size and (r.min() < _ONE or r.max() > _OPEN):
+        wrong = r.reshape(-1)[int(np.flatnonzero((r < _ONE) | (r > _OPEN))[0])]
+        raise ValueError(f"sizes: expected 1 … 2^32, got {wrong.astype(np.int64)}")
+    return r, _OPEN // r
+
+
+def _check_precision(precision: int) -> None:
+    if not 1 <= precision <= MAX_PRECISION:
+        raise ValueError(f"precision: expected 1 … {MAX_PRECISION}, got {precision}")
+
+
+def _no_room(starts: Unsigned, freqs: Unsigned, precision: int, first: int) -> str:
+    total = np.uint64(1 << precision)
+    at = int(np.flatnonzero((freqs < _ONE) | (freqs > total) | (starts > total - freqs))[0])
+    got = f"start {starts[at].astype(np.int64)} and freq {freqs[at].astype(np.int64)} at {first + at}"
+    return f"expected freq >= 1 and 0 <= start <= {total} - freq, got {got}"
+
+
+def _pack(bits: NDArray[Any]) -> Words:
+    packed = np.packbits(np.concatenate([bits, np.zeros(-len(bits) % 32, bits.dtype)]).astype(np.uint8))
+    return packed.view("<u4").astype(np.uint32)
+
+
+def _split(words: Words, n_bits: int) -> tuple[Words, Integers]:
+    """Take ``n_bits`` that :func:`_pack` wrote from the end of ``words``."""
+    count = math.ceil(n_bits / 32)
+    if count > len(words):
+        raise Damaged(f"expected at least {count} words for the heads of the coder, got {len(words)}")
+    rest, packed = words[: len(words) - count], words[len(words) - count :]
+    bits = np.unpackbits(packed.astype("<u4").view(np.uint8)).astype(np.int64)
+    if bits[n_bits:].any():
+        raise Damaged("the heads of the coder are followed by more than zeros")
+    return rest, bits[:n_bits]
