@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,12 @@ class Categorical:
     """
 
     def __init__(self, logits: Tensor, trailing: int = 1) -> None:
-        self.log_probs, self.trailing = torch.log_softmax(logits, -1), trailing
+        self.logits, self.trailing = logits, trailing
+
+    @functools.cached_property
+    def log_probs(self) -> Tensor:
+        """log softmax(l), shape of the logits."""
+        return torch.log_softmax(self.logits, -1)
 
     def log_prob(self, x: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(x.shape, self.log_probs.shape[:-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -53,9 +54,13 @@ class Multinomial:
     """
 
     def __init__(self, logits: Tensor, total: NegativeBinomial, trailing: int = 1) -> None:
-        flat = torch.log_softmax(logits.flatten(-trailing), -1)
-        self.log_probs = flat.reshape(logits.shape)
-        self.total, self.trailing = total, trailing
+        self.logits, self.total, self.trailing = logits, total, trailing
+
+    @functools.cached_property
+    def log_probs(self) -> Tensor:
+        """log softmax(l) over the cells of each example, shape of the logits."""
+        flat = torch.log_softmax(self.logits.flatten(-self.trailing), -1)
+        return flat.reshape(self.logits.shape)
 
     def log_prob(self, x: Tensor) -> Tensor:
         x = x.to(self.log_probs.dtype)

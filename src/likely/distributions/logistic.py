@@ -7,6 +7,8 @@ The mass of a logistic between b and a (in units of its scale, b < a) is compute
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,10 @@ from torch import Tensor
 from likely.distributions.categorical import sample_categories
 from likely.distributions.protocol import mix
 from likely.noise import Noise
+
+
+#: Least log-scale of a logistic on a grid, in half cells.
+LEAST_LOG_SCALE = -2.5
 
 
 def log_interval(upper: Tensor, lower: Tensor, width: Tensor) -> Tensor:
@@ -38,9 +44,13 @@ class DiscretizedLogisticMixture:
     """
 
     def __init__(self, logits: Tensor, means: Tensor, log_scales: Tensor, levels: int, trailing: int = 1) -> None:
-        self.log_weights = torch.log_softmax(logits, -1)
-        self.means, self.log_scales = means, log_scales.clamp(min=-7.0)
+        self.logits, self.means, self.log_scales = logits, means, log_scales.clamp(min=-7.0)
         self.levels, self.trailing = levels, trailing
+
+    @functools.cached_property
+    def log_weights(self) -> Tensor:
+        """Log of the components' shares, shape of the logits."""
+        return torch.log_softmax(self.logits, -1)
 
     def log_prob(self, x: Tensor) -> Tensor:
         x = x.to(self.means.dtype).unsqueeze(-1)
@@ -96,14 +106,29 @@ class GridLogisticMixture:
         resolution: Tensor,
         atoms: Tensor,
     ) -> None:
-        self.log_weights = torch.log_softmax(logits, -1)
+        self.logits, self.means, self.given_log_scales = logits, means, log_scales
         self.location, self.scale, self.resolution, self.atoms = location, scale, resolution, atoms
-        self.half = (0.5 * resolution / scale).to(means.dtype).unsqueeze(-1)  # half a cell in standard units
-        on_grid = self.half > 0
-        # A logistic far narrower than its cell is an atom already; on a continuum the scale is held off zero.
-        floor = torch.where(on_grid, torch.log(self.half.clamp(min=1e-30)) - 2.5, -7.0)
-        self.means, self.log_scales = means, torch.maximum(log_scales, floor)
-        self.on_grid = on_grid
+
+    @functools.cached_property
+    def log_weights(self) -> Tensor:
+        """Log of the shares of logistics and atoms, shape of the logits."""
+        return torch.log_softmax(self.logits, -1)
+
+    @functools.cached_property
+    def half(self) -> Tensor:
+        """Half a cell in standard units, shape ``(columns, 1)``; 0 on a continuum."""
+        return (0.5 * self.resolution / self.scale).to(self.means.dtype).unsqueeze(-1)
+
+    @functools.cached_property
+    def on_grid(self) -> Tensor:
+        """Which columns live on a grid, shape ``(columns, 1)``."""
+        return self.half > 0
+
+    @functools.cached_property
+    def log_scales(self) -> Tensor:
+        """The scales in use: a logistic far narrower than its cell is an atom already; a continuum's is held off 0."""
+        floor = torch.where(self.on_grid, torch.log(self.half.clamp(min=1e-30)) + LEAST_LOG_SCALE, -7.0)
+        return torch.maximum(self.given_log_scales, floor)
 
     def log_prob(self, x: Tensor) -> Tensor:
         standard = ((x.to(self.location) - self.location) / self.scale).to(self.means.dtype).unsqueeze(-1)

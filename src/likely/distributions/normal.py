@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -55,8 +56,12 @@ class StudentT:
     """
 
     def __init__(self, mean: Tensor, log_scale: Tensor, log_df: Tensor, trailing: int = 1) -> None:
-        self.mean, self.log_scale, self.trailing = mean, log_scale, trailing
-        self.df = log_df.exp()
+        self.mean, self.log_scale, self.log_df, self.trailing = mean, log_scale, log_df, trailing
+
+    @functools.cached_property
+    def df(self) -> Tensor:
+        """ν, shape of ``log_df``."""
+        return self.log_df.exp()
 
     def log_prob(self, x: Tensor) -> Tensor:
         standard = (x.to(self.mean.dtype) - self.mean) * torch.exp(-self.log_scale)
