@@ -39,6 +39,9 @@ Supply: TypeAlias = Callable[[int, int], Words]
 #: Largest number of bits that the frequencies of one symbol may sum to.
 MAX_PRECISION = 32
 
+#: Symbols that are prepared at once: as many as a small processor's cache holds with their buffers.
+_BLOCK = 8192
+
 _ONE = np.uint64(1)
 _32 = np.uint64(32)
 _OPEN = np.uint64(1 << 32)
@@ -113,22 +116,21 @@ class Stack:
         starts = _unsigned(start, "start")
         freqs = np.broadcast_to(_unsigned(freq, "freq"), starts.shape)
         _check_precision(precision)
-        total = np.uint64(1 << precision)
-        keep = np.uint64(64 - precision)
-        n, lanes = len(starts), self.lanes
-        for first in reversed(range(0, n, lanes)):
-            s, f = starts[first : first + lanes], freqs[first : first + lanes]
-            h, spare, flags = self._heads[: len(s)], self._spare[: len(s)], self._flags[: len(s)]
-            np.subtract(total, f, out=spare)  # beyond 2^precision wraps to huge numbers, so both checks see it
-            if f.min() < _ONE or f.max() > total or (s > spare).any():
-                raise ValueError(_no_room(s, f, precision, first))
-            np.right_shift(h, keep, out=spare)
-            self._emit(h, np.greater_equal(spare, f, out=flags))
-            np.floor_divide(h, f, out=spare)
-            spare *= total - f
-            h += spare
-            h += s
+        total, keep = np.uint64(1 << precision), np.uint64(64 - precision)
+        for block in reversed(self._blocks(len(starts))):
+            s, f = starts[block], freqs[block]
+            others = total - f
+            if f.min() < _ONE or f.max() > total or (s > others).any():
+                raise ValueError(_no_room(s, f, precision, block.start))
             self.bits += len(s) * precision - float(np.log2(f).sum())
+            for part in reversed(self._steps(len(s))):
+                h, spare, flags = self._views(part)
+                np.right_shift(h, keep, out=spare)
+                self._emit(h, np.greater_equal(spare, f[part], out=flags))
+                np.floor_divide(h, f[part], out=spare)
+                spare *= others[part]
+                h += spare
+                h += s[part]
 
     def pop(self, n: int, precision: int, find: Find) -> Integers:
         """Decode ``n`` symbols; of random bits, draw them.
@@ -145,22 +147,22 @@ class Stack:
             Damaged: the message ended early.
         """
         _check_precision(precision)
-        symbols = np.empty(n, np.int64)
+        symbols, freqs = np.empty(n, np.int64), np.empty(min(n, _BLOCK + self.lanes), np.uint64)
         mask, shift = np.uint64((1 << precision) - 1), np.uint64(precision)
-        lanes = self.lanes
-        for first in range(0, n, lanes):
-            part = slice(first, min(first + lanes, n))
-            size = part.stop - first
-            h, residues = self._heads[:size], self._spare[:size]
-            np.bitwise_and(h, mask, out=residues)
-            symbols[part], start, freq = find(part, residues)
-            f = _unsigned(freq, "freq")
-            h >>= shift
-            h *= f
-            h += residues
-            h -= _unsigned(start, "start")
-            self._refill(h, np.less(h, _OPEN, out=self._flags[:size]))
-            self.bits -= size * precision - float(np.log2(f).sum())
+        for block in self._blocks(n):
+            for step in self._steps(block.stop - block.start):
+                h, residues, flags = self._views(step)
+                np.bitwise_and(h, mask, out=residues)
+                part = slice(block.start + step.start, block.start + step.stop)
+                symbols[part], start, freq = find(part, residues)
+                freqs[step] = f = _unsigned(freq, "freq")
+                h >>= shift
+                h *= f
+                h += residues
+                h -= _unsigned(start, "start")
+                self._refill(h, np.less(h, _OPEN, out=flags))
+            size = block.stop - block.start
+            self.bits -= size * precision - float(np.log2(freqs[:size]).sum())
         return symbols
 
     # ------------------------------------------------------------------------------------------------ whole numbers
@@ -179,21 +181,21 @@ class Stack:
             ValueError: a size is not in [1, 2^32] or a value not in [0, size).
         """
         numbers = _unsigned(values, "values")
-        lanes = self.lanes
-        for first in reversed(range(0, len(numbers), lanes)):
-            v = numbers[first : first + lanes]
-            r, k = _sizes(sizes, slice(first, first + len(v)))
+        for block in reversed(self._blocks(len(numbers))):
+            v = numbers[block]
+            r, k = _sizes(sizes, block)
             if (v >= r).any():
                 at = int(np.flatnonzero(v >= r)[0])
-                size = int(np.broadcast_to(r, v.shape)[at])
-                raise ValueError(f"values: expected 0 … {size - 1}, got {v[at].astype(np.int64)} at {first + at}")
-            h, spare, flags = self._heads[: len(v)], self._spare[: len(v)], self._flags[: len(v)]
-            np.right_shift(h, _32, out=spare)
-            self._emit(h, np.greater_equal(spare, k, out=flags))
-            h *= r
-            h += v
-            self._refill(h, np.less(h, _OPEN, out=flags))
-            self.bits += float(np.log2(np.broadcast_to(r, v.shape)).sum())
+                got = f"got {v[at].astype(np.int64)} at {block.start + at}"
+                raise ValueError(f"values: expected 0 … {r[at] - _ONE}, {got}")
+            self.bits += float(np.log2(r).sum())
+            for part in reversed(self._steps(len(v))):
+                h, spare, flags = self._views(part)
+                np.right_shift(h, _32, out=spare)
+                self._emit(h, np.greater_equal(spare, k[part], out=flags))
+                h *= r[part]
+                h += v[part]
+                self._refill(h, np.less(h, _OPEN, out=flags))
 
     def pop_uniform(self, sizes: ArrayLike, n: int | None = None) -> Integers:
         """Decode what :meth:`push_uniform` coded.
@@ -206,20 +208,19 @@ class Stack:
         """
         n = len(np.asarray(sizes)) if n is None else n
         values = np.empty(n, np.int64)
-        lanes = self.lanes
-        for first in range(0, n, lanes):
-            part = slice(first, min(first + lanes, n))
-            size = part.stop - first
-            r, k = _sizes(sizes, part)
-            h, spare, flags = self._heads[:size], self._spare[:size], self._flags[:size]
-            np.right_shift(h, _32, out=spare)
-            self._emit(h, np.greater_equal(spare, k * r, out=flags))
-            np.floor_divide(h, r, out=spare)
-            h -= spare * r
-            values[part] = h
-            h[:] = spare
-            self._refill(h, np.less(h, _OPEN, out=flags))
-            self.bits -= float(np.log2(np.broadcast_to(r, (size,))).sum())
+        for block in self._blocks(n):
+            r, k = _sizes(sizes, block)
+            most, v = k * r, values[block]
+            for part in self._steps(block.stop - block.start):
+                h, spare, flags = self._views(part)
+                np.right_shift(h, _32, out=spare)
+                self._emit(h, np.greater_equal(spare, most[part], out=flags))
+                np.floor_divide(h, r[part], out=spare)
+                h -= spare * r[part]
+                v[part] = h
+                h[:] = spare
+                self._refill(h, np.less(h, _OPEN, out=flags))
+            self.bits -= float(np.log2(r).sum())
         return values
 
     # -------------------------------------------------------------------------------------------------------- lanes
@@ -228,6 +229,20 @@ class Stack:
     def lanes(self) -> int:
         """How many symbols are coded at once."""
         return len(self._heads)
+
+    def _blocks(self, n: int) -> list[slice]:
+        """Cut ``n`` symbols into pieces that fit a processor's cache: whole steps, but for the last."""
+        size = self.lanes * max(1, _BLOCK // self.lanes)
+        return [slice(first, min(first + size, n)) for first in range(0, n, size)]
+
+    def _steps(self, n: int) -> list[slice]:
+        """Cut the ``n`` symbols of a block into steps: one symbol a lane."""
+        return [slice(first, min(first + self.lanes, n)) for first in range(0, n, self.lanes)]
+
+    def _views(self, step: slice) -> tuple[Unsigned, Unsigned, NDArray[np.bool_]]:
+        """The heads that take part in a step, and two buffers of their size."""
+        size = step.stop - step.start
+        return self._heads[:size], self._spare[:size], self._flags[:size]
 
     def resize(self, lanes: int) -> None:
         """Open lanes with words taken from the stack, or close them and return the words.
@@ -321,7 +336,7 @@ class Stack:
 
     def _emit(self, heads: Unsigned, flags: NDArray[np.bool_]) -> None:
         """Move the low word of the flagged heads to the stack."""
-        index = np.flatnonzero(flags)
+        index = flags.nonzero()[0]
         if len(index):
             full = heads[index]
             self._put(full)
@@ -329,7 +344,7 @@ class Stack:
 
     def _refill(self, heads: Unsigned, flags: NDArray[np.bool_]) -> None:
         """Undo :meth:`_emit`."""
-        index = np.flatnonzero(flags)
+        index = flags.nonzero()[0]
         if len(index):
             heads[index] = heads[index] << _32 | self._take(len(index))
 
@@ -370,13 +385,16 @@ def _unsigned(values: ArrayLike, name: str) -> Unsigned:
 
 
 def _sizes(sizes: ArrayLike, part: slice) -> tuple[Unsigned, Unsigned]:
-    """A part of the sizes of uniform numbers, and ⌊2^32 / size⌋; single numbers stay so, for speed."""
+    """A part of the sizes of uniform numbers, and ⌊2^32 / size⌋; one size for all is divided by faster."""
     r = _unsigned(sizes, "sizes")
-    r = r[part] if r.ndim else r
+    one = r.ndim == 0
+    r = r.reshape(1) if one else r[part]
     if r.size and (r.min() < _ONE or r.max() > _OPEN):
-        wrong = r.reshape(-1)[int(np.flatnonzero((r < _ONE) | (r > _OPEN))[0])]
+        wrong = r[int(np.flatnonzero((r < _ONE) | (r > _OPEN))[0])]
         raise ValueError(f"sizes: expected 1 … 2^32, got {wrong.astype(np.int64)}")
-    return r, _OPEN // r
+    k = _OPEN // r
+    shape = (part.stop - part.start,)
+    return (np.broadcast_to(r, shape), np.broadcast_to(k, shape)) if one else (r, k)
 
 
 def _check_precision(precision: int) -> None:
