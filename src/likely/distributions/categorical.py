@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from likely.distributions.protocol import mix
+from likely.distributions.protocol import lazy, mix
 from likely.noise import Noise
 
 
@@ -22,7 +20,7 @@ class Categorical:
     def __init__(self, logits: Tensor, trailing: int = 1) -> None:
         self.logits, self.trailing = logits, trailing
 
-    @functools.cached_property
+    @lazy
     def log_probs(self) -> Tensor:
         """log softmax(l), shape of the logits."""
         return torch.log_softmax(self.logits, -1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
-from likely.distributions.protocol import mix
+from likely.distributions.protocol import lazy, mix
 from likely.noise import Noise, torch_generator
 
 
@@ -56,7 +55,7 @@ class Multinomial:
     def __init__(self, logits: Tensor, total: NegativeBinomial, trailing: int = 1) -> None:
         self.logits, self.total, self.trailing = logits, total, trailing
 
-    @functools.cached_property
+    @lazy
     def log_probs(self) -> Tensor:
         """log softmax(l) over the cells of each example, shape of the logits."""
         flat = torch.log_softmax(self.logits.flatten(-self.trailing), -1)

@@ -7,14 +7,12 @@ The mass of a logistic between b and a (in units of its scale, b < a) is compute
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from likely.distributions.categorical import sample_categories
-from likely.distributions.protocol import mix
+from likely.distributions.protocol import lazy, mix
 from likely.noise import Noise
 
 
@@ -47,7 +45,7 @@ class DiscretizedLogisticMixture:
         self.logits, self.means, self.log_scales = logits, means, log_scales.clamp(min=-7.0)
         self.levels, self.trailing = levels, trailing
 
-    @functools.cached_property
+    @lazy
     def log_weights(self) -> Tensor:
         """Log of the components' shares, shape of the logits."""
         return torch.log_softmax(self.logits, -1)
@@ -109,22 +107,22 @@ class GridLogisticMixture:
         self.logits, self.means, self.given_log_scales = logits, means, log_scales
         self.location, self.scale, self.resolution, self.atoms = location, scale, resolution, atoms
 
-    @functools.cached_property
+    @lazy
     def log_weights(self) -> Tensor:
         """Log of the shares of logistics and atoms, shape of the logits."""
         return torch.log_softmax(self.logits, -1)
 
-    @functools.cached_property
+    @lazy
     def half(self) -> Tensor:
         """Half a cell in standard units, shape ``(columns, 1)``; 0 on a continuum."""
         return (0.5 * self.resolution / self.scale).to(self.means.dtype).unsqueeze(-1)
 
-    @functools.cached_property
+    @lazy
     def on_grid(self) -> Tensor:
         """Which columns live on a grid, shape ``(columns, 1)``."""
         return self.half > 0
 
-    @functools.cached_property
+    @lazy
     def log_scales(self) -> Tensor:
         """The scales in use: a logistic far narrower than its cell is an atom already; a continuum's is held off 0."""
         floor = torch.where(self.on_grid, torch.log(self.half.clamp(min=1e-30)) + LEAST_LOG_SCALE, -7.0)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
-from likely.distributions.protocol import mix
+from likely.distributions.protocol import lazy, mix
 from likely.noise import Noise, torch_generator
 
 _LOG_2PI = math.log(2.0 * math.pi)
@@ -58,7 +57,7 @@ class StudentT:
     def __init__(self, mean: Tensor, log_scale: Tensor, log_df: Tensor, trailing: int = 1) -> None:
         self.mean, self.log_scale, self.log_df, self.trailing = mean, log_scale, log_df, trailing
 
-    @functools.cached_property
+    @lazy
     def df(self) -> Tensor:
         """ν, shape of ``log_df``."""
         return self.log_df.exp()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 from torch import Tensor
 
@@ -31,6 +32,40 @@ class Distribution(Protocol):
             weights: shape ``lead``, non-negative, sum 1 over the last leading axis, which is mixed out; None keeps it.
         """
         ...
+
+
+Value = TypeVar("Value")
+
+
+class lazy(Generic[Value]):
+    """An attribute computed when it is first asked for, and kept.
+
+    As ``functools.cached_property``, whose lock (Python 3.11) ``torch.compile`` cannot trace.
+
+    >>> class Circle:
+    ...     radius = 2.0
+    ...     @lazy
+    ...     def area(self):
+    ...         return 3.0 * self.radius**2
+    >>> Circle().area
+    12.0
+    """
+
+    def __init__(self, function: Callable[[Any], Value]) -> None:
+        self.function, self.name, self.__doc__ = function, function.__name__, function.__doc__
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> lazy[Value]: ...
+
+    @overload
+    def __get__(self, owner: object, kind: type | None = None) -> Value: ...
+
+    def __get__(self, owner: object | None, kind: type | None = None) -> Value | lazy[Value]:
+        if owner is None:
+            return self
+        value = self.function(owner)
+        setattr(owner, self.name, value)
+        return value
 
 
 def mix(values: Tensor, weights: Tensor | None, trailing: int) -> Tensor:
