@@ -111,31 +111,33 @@ def adamax_update(
     return list(torch._foreach_div(m, below))  # m / ((1 − β₁^t) u)
 
 
+def nadam_mu(t: Any, beta1: float, psi: float) -> Any:
+    """μ_t = β₁ (1 − ½ 0.96^{tψ}) of NAdam."""
+    return beta1 * (1 - 0.5 * 0.96 ** (t * psi))
+
+
 def nadam_update(
     g: list[Tensor],
     m: list[Tensor],
     v: list[Tensor],
-    product: Tensor,
+    product: Any,
     t: Any,
     beta1: float,
     beta2: float,
     eps: float,
     psi: float,
 ) -> list[Tensor]:
-    """Update of NAdam (Dozat 2016, Algorithm 2), in units of the learning rate; m, v and product become the new ones.
+    """Update of NAdam (Dozat 2016, Algorithm 2), in units of the learning rate; m and v become the new ones.
 
     Args:
-        product: μ₁ … μ_{t−1}, without dimensions.
-        psi: ψ in μ_t = β₁ (1 − ½ 0.96^{tψ}).
+        product: μ₁ … μ_t.
     """
-    mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (s * psi)) for s in (t, t + 1))
-    product.mul_(mu)
-    so_far: Any = product if isinstance(t, Tensor) else product.item()
+    mu, mu_next = nadam_mu(t, beta1, psi), nadam_mu(t + 1, beta1, psi)
     torch._foreach_lerp_(m, g, 1 - beta1)  # m_t = β₁ m_{t−1} + (1 − β₁) g_t
     torch._foreach_mul_(v, beta2)
     torch._foreach_addcmul_(v, g, g, 1 - beta2)  # v_t = β₂ v_{t−1} + (1 − β₂) g_t²
-    above = torch._foreach_mul(m, mu_next / (1 - so_far * mu_next))
-    torch._foreach_add_(above, torch._foreach_mul(g, (1 - mu) / (1 - so_far)))
+    above = torch._foreach_mul(m, mu_next / (1 - product * mu_next))
+    torch._foreach_add_(above, torch._foreach_mul(g, (1 - mu) / (1 - product)))
     below = torch._foreach_sqrt(v)
     torch._foreach_div_(below, one_minus_power(beta2, t) ** 0.5)
     torch._foreach_add_(below, eps)
@@ -232,12 +234,14 @@ class Adam(_Moments):
         return {"m": 0.0, "v": group["v_init"]} | ({"v_max": 0.0} if group["amsgrad"] else {})
 
     def update(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
+        beta1, beta2 = group["betas"]
         return adam_update(
             bucket.gradients,
             bucket.state["m"],
             bucket.state["v"],
             bucket.t,
-            *group["betas"],
+            beta1,
+            beta2,
             eps=group["eps"],
             epsilon=group["epsilon"],
             bias_correction=group["bias_correction"],
@@ -350,7 +354,8 @@ class AdaMax(_Moments):
 
     def update(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
         m, u = bucket.state["m"], bucket.state["u"]
-        return adamax_update(bucket.gradients, m, u, bucket.t, *group["betas"], eps=group["eps"])
+        beta1, beta2 = group["betas"]
+        return adamax_update(bucket.gradients, m, u, bucket.t, beta1, beta2, eps=group["eps"])
 
 
 class NAdam(_Moments):
@@ -395,17 +400,26 @@ class NAdam(_Moments):
         super().check(group)
         expect(group, "momentum_decay", lambda value: value >= 0, "a number, zero or more")
 
+    def tick(self, clock: dict[str, Tensor], group: dict[str, Any]) -> None:
+        super().tick(clock, group)
+        counted_there = group["capturable"] or torch.compiler.is_compiling()
+        t = clock["step"] if counted_there else clock["step"].item()
+        clock["mu_product"].mul_(nadam_mu(t, group["betas"][0], group["momentum_decay"]))
+
     def moments(self, group: dict[str, Any]) -> dict[str, float]:
         return {"m": 0.0, "v": 0.0}
 
     def update(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
+        beta1, beta2 = group["betas"]
+        product = bucket.clock["mu_product"]
         return nadam_update(
             bucket.gradients,
             bucket.state["m"],
             bucket.state["v"],
-            bucket.clock["mu_product"],
+            product if bucket.clock["step"] is bucket.t else product.item(),
             bucket.t,
-            *group["betas"],
+            beta1,
+            beta2,
             eps=group["eps"],
             psi=group["momentum_decay"],
         )

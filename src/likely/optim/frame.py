@@ -8,8 +8,8 @@ An optimiser is a subclass of :class:`UpdateRule` that says
   before it is multiplied by the learning rate.  It calls a function of gradients, state and hyperparameters alone,
   which writes the new state over the old and reads nothing else.
 
-The frame does the rest: it collects the parameters that have a gradient in buckets of one device, type and age, counts
-their steps, decays the weights, and moves the parameters.
+The frame does the rest: it collects the parameters that have a gradient in buckets of one device, type, age and kind of
+state, counts their steps, decays the weights, and moves the parameters.
 
 * **Precision.** State and update are float32 where the parameter is bfloat16 or float16.  The new parameter is rounded
   to the nearest, or stochastically (:func:`stochastic_rounding`).
@@ -52,9 +52,13 @@ Decay = Literal["l2", "lr", "schedule"]
 Rounding = Literal["nearest", "stochastic"]
 
 
+#: Elements that a thread works on at a time on a CPU, so that they stay in its cache from operation to operation.
+CACHED = 2**17
+
+
 @dataclass
 class Bucket:
-    """Parameters of one device, type and age, to be moved together.
+    """Parameters of one device, type, age and kind of state, to be moved together.
 
     Args:
         handles: the parameters as the user knows them.
@@ -64,6 +68,7 @@ class Bucket:
         clock: the tensors that count their steps, by name.
         numbers: the positions of the parameters among all parameters of the optimiser.
         t: number of this step, 1 for the first; a tensor without dimensions where the step is captured or compiled.
+        offsets: where in the parameters these values begin; None for at their beginning.
     """
 
     handles: list[Tensor]
@@ -73,6 +78,35 @@ class Bucket:
     clock: dict[str, Tensor]
     numbers: list[int]
     t: Any = 0
+    offsets: list[int] | None = None
+
+    def runs(self, size: int) -> Iterator[Bucket]:
+        """The same elements in buckets of about ``size`` of them, whose tensors share memory with those here."""
+        run = self._run()
+        held = 0
+        for i, parameter in enumerate(self.parameters):
+            tensors = [parameter, self.gradients[i], *(entries[i] for entries in self.state.values())]
+            n = parameter.numel()
+            divisible = n > size and all(tensor.is_contiguous() for tensor in tensors)
+            for start in range(0, n, size if divisible else max(n, 1)):
+                stop = min(start + size, n) if divisible else n
+                if held and held + stop - start > size:
+                    yield run
+                    run, held = self._run(), 0
+                mine = [tensor.view(-1)[start:stop] for tensor in tensors] if divisible else tensors
+                run.handles.append(self.handles[i])
+                run.parameters.append(mine[0])
+                run.gradients.append(mine[1])
+                for entries, tensor in zip(run.state.values(), mine[2:]):
+                    entries.append(tensor)
+                run.numbers.append(self.numbers[i])
+                run.offsets.append(start)  # type: ignore[union-attr]
+                held += stop - start
+        if held:
+            yield run
+
+    def _run(self) -> Bucket:
+        return Bucket([], [], [], {name: [] for name in self.state}, self.clock, [], self.t, [])
 
 
 class UpdateRule(Optimizer):
@@ -93,8 +127,6 @@ class UpdateRule(Optimizer):
         ValueError: an option has no such value, or a gradient is of a kind that the rule cannot use.
     """
 
-    #: Whether the update of an element depends on that element alone.
-    elementwise: ClassVar[bool] = True
     #: Names and first values of the scalars that count steps.
     clock: ClassVar[dict[str, float]] = {"step": 0.0}
     #: Names that torch.optim has for the tensors of the state: its state dicts can be loaded.
@@ -136,6 +168,14 @@ class UpdateRule(Optimizer):
     def update(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
         """What the parameters lose, in units of the learning rate; the state in ``bucket`` becomes the new one."""
         raise NotImplementedError
+
+    def tick(self, clock: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Count a step, in the tensors of a clock."""
+        clock["step"].add_(1)
+
+    def is_elementwise(self, bucket: Bucket, group: dict[str, Any]) -> bool:
+        """Whether the update of an element depends on that element alone."""
+        return True
 
     def check(self, group: dict[str, Any]) -> None:
         """Raise ``ValueError`` if an option of a group has no sensible value."""
@@ -230,7 +270,14 @@ class UpdateRule(Optimizer):
         return loss
 
     def advance(self, bucket: Bucket, group: dict[str, Any]) -> None:
-        """Move the parameters of a bucket."""
+        """Move the parameters of a bucket; on a CPU in runs that stay in its cache, if the rule is elementwise."""
+        if self.is_elementwise(bucket, group) and bucket.parameters[0].device.type == "cpu" and not torch.compiler.is_compiling():
+            for run in bucket.runs(CACHED * torch.get_num_threads()):
+                self._advance(run, group)
+        else:
+            self._advance(bucket, group)
+
+    def _advance(self, bucket: Bucket, group: dict[str, Any]) -> None:
         dtype = precision_of(bucket.parameters[0].dtype)
         bucket.gradients = [gradient.to(dtype) for gradient in bucket.gradients]
         if group["maximize"]:
@@ -241,7 +288,7 @@ class UpdateRule(Optimizer):
             rate = float(rate)
         if weight_decay and group["decay"] == "l2":  # g ← g + λ θ
             bucket.gradients = list(torch._foreach_add(bucket.gradients, values, alpha=weight_decay))
-        if self.elementwise:
+        if self.is_elementwise(bucket, group):
             updates = self.update(bucket, group)
         else:
             bucket.gradients = [whole(g, handle) for g, handle in zip(bucket.gradients, bucket.handles)]
@@ -256,12 +303,14 @@ class UpdateRule(Optimizer):
         if dtype != bucket.parameters[0].dtype:
             if group["rounding"] == "stochastic":
                 for i, (value, handle) in enumerate(zip(values, bucket.handles)):
-                    values[i] = stochastic_rounding(value, group["seed"], bucket.t, bucket.numbers[i], place(handle))
+                    offset = bucket.offsets[i] if bucket.offsets else 0
+                    key = (group["seed"], bucket.t, bucket.numbers[i], place(handle))
+                    values[i] = stochastic_rounding(value, *key, offset=offset)
             torch._foreach_copy_(bucket.parameters, values)
 
     def _advance_rows(self, bucket: Bucket, group: dict[str, Any]) -> None:
         """Move the rows of one parameter that its sparse gradient holds, as if they were all there is."""
-        if not self.elementwise:
+        if not self.is_elementwise(bucket, group):
             raise ValueError(f"{type(self).__name__}: expected dense gradients, got a sparse one")
         ((parameter,), (gradient,)) = bucket.parameters, bucket.gradients
         gradient = gradient.coalesce()
@@ -308,11 +357,11 @@ class UpdateRule(Optimizer):
                 if old not in parted:
                     parted[old] = {name: state[name].clone() for name in self.clock}
                 state.update(parted[old])
-            key = (id(state["step"]), handle.device, handle.dtype, number if gradient.is_sparse else None)
+            names = tuple(name for name in state if name not in self.clock)
+            key = (id(state["step"]), handle.device, handle.dtype, names, number if gradient.is_sparse else None)
             bucket = buckets.get(key)
             if bucket is None:
                 clock = {name: state[name] for name in self.clock}
-                names = [name for name in state if name not in clock]
                 bucket = buckets[key] = Bucket([], [], [], {name: [] for name in names}, clock, [])
             bucket.handles.append(handle)
             bucket.parameters.append(local(handle))
@@ -320,8 +369,8 @@ class UpdateRule(Optimizer):
             bucket.numbers.append(number)
             for name, tensors in bucket.state.items():
                 tensors.append(local(state[name]))
-        for step in {id(bucket.clock["step"]): bucket.clock["step"] for bucket in buckets.values()}.values():
-            step.add_(1)
+        for clock in {id(bucket.clock["step"]): bucket.clock for bucket in buckets.values()}.values():
+            self.tick(clock, group)
         counted_there = group["capturable"] or torch.compiler.is_compiling()
         for bucket in buckets.values():
             step = bucket.clock["step"]
@@ -419,7 +468,9 @@ def one_minus_power(beta: float, t: float | Tensor) -> Any:
     return 1.0 - beta**t
 
 
-def stochastic_rounding(x: Tensor, seed: int, t: float | Tensor, number: int = 0, part: int = 0) -> Tensor:
+def stochastic_rounding(
+    x: Tensor, seed: int, t: float | Tensor, number: int = 0, part: int = 0, offset: int = 0
+) -> Tensor:
     """float32 rounded to one of the two neighbours in bfloat16, each the more likely the nearer: E[result] = x.
 
     The 16 bits that bfloat16 lacks are carried over with a probability equal to their value, by adding a uniform
@@ -432,6 +483,7 @@ def stochastic_rounding(x: Tensor, seed: int, t: float | Tensor, number: int = 0
         t: number of the step.
         number: number of the parameter.
         part: number of the part of the parameter, where it is shared out.
+        offset: index of the first element.
 
     >>> x = torch.full((10_000,), 1.0 + 2**-9)                    # a quarter of the way from 1 to 1 + 2⁻⁷
     >>> rounded = stochastic_rounding(x, seed=0, t=1)
@@ -441,7 +493,7 @@ def stochastic_rounding(x: Tensor, seed: int, t: float | Tensor, number: int = 0
     stream = torch.zeros((), dtype=torch.int32, device=x.device)
     for key in (seed & 0x7FFFFFFF, t, number, part):
         stream = _mix(stream + (key.to(torch.int32) if isinstance(key, Tensor) else int(key)))
-    index = torch.arange(x.numel(), device=x.device).to(torch.int32)
+    index = torch.arange(offset, offset + x.numel(), device=x.device).to(torch.int32)
     noise = (_mix(_mix(index) ^ stream) >> 16) & 0xFFFF
     carried = (x.contiguous().view(torch.int32) + noise.view(x.shape)) & -0x10000
     return torch.where(x.isfinite(), carried.view(torch.float32), x).to(torch.bfloat16)
