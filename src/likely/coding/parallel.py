@@ -1,0 +1,267 @@
+"""A map over chunks with several processes: results in order, errors as they are, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any, Literal
+
+#: Results that may wait for their turn, for each process; arguments are drawn from their iterable no further ahead.
+AHEAD = 4
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+Outcome = tuple[Literal["result", "error"], Any]
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_chunks(
+    function: Callable[..., Any],
+    arguments: Iterable[Any],
+    workers: int | None = None,
+    *,
+    build: Callable[[bytes], Any] | None = None,
+    state: bytes = b"",
+) -> Iterator[Any]:
+    """``function(argument)`` for every argument, in order; with ``build``, ``function(built, argument)``.
+
+    One of the workers is this process, which starts at once, while the others (spawned, with one thread each) still
+    import what they need.  An exception is raised where its result would have come, as it is.  However the iteration
+    ends, also by Ctrl-C, the processes end with it.
+
+    >>> list(map_chunks(len, [b"ab", b"c"], workers=1))
+    [2, 1]
+
+    Args:
+        function: importable by its name (not a lambda, not defined in a script); so are its arguments' classes.
+        arguments: drawn a few ahead of the results, so that they need not fit in memory together.
+        workers: number of processes at work, this one included; by default one for each core.
+        build: importable as well; called once in each worker.
+        state: what ``build`` is given, such as a model's bytes.
+
+    Raises:
+        ValueError: fewer than one worker.
+        RuntimeError: a process died, as it does when the system runs out of memory.
+    """
+    workers = usable_cores() if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {workers}")
+    if workers == 1:
+        call = _bind(function, build, state)
+        return map(call, arguments)
+    return _Map(function, arguments, workers, build, state).run()
+
+
+def _bind(function: Callable[..., Any], build: Callable[[bytes], Any] | None, state: bytes) -> Callable[[Any], Any]:
+    if build is None:
+        return function
+    built = build(state)
+    return lambda argument: function(built, argument)
+
+
+class _Map:
+    """One map: arguments wait in a queue, from which this process and a thread for each other process take them."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: Iterable[Any],
+        workers: int,
+        build: Callable[[bytes], Any] | None,
+        state: bytes,
+    ) -> None:
+        self._job = (function, build, state)
+        self._arguments = iter(arguments)
+        self._workers = workers
+        self._waiting: deque[tuple[int, Any]] = deque()
+        self._outcomes: dict[int, Outcome] = {}
+        self._changed = threading.Condition()
+        self._over = False
+        self._drawn = 0  # arguments taken from their iterable
+
+    def run(self) -> Iterator[Any]:
+        processes: list[SpawnProcess] = []
+        threads: list[threading.Thread] = []
+        call: Callable[[Any], Any] | None = None
+        given = 0
+        try:
+            with _one_thread():
+                while True:
+                    self._draw(given + AHEAD * self._workers)
+                    while len(processes) < min(self._workers - 1, self._drawn - 1):
+                        processes.append(self._start(threads))
+                    if given == self._drawn:
+                        return
+                    with self._changed:
+                        outcome = self._outcomes.pop(given, None)
+                        task = self._waiting.popleft() if outcome is None and self._waiting else None
+                        if outcome is None and task is None:
+                            self._changed.wait(1.0)  # with a limit, or Windows does not hear of Ctrl-C
+                            continue
+                    if task is not None:
+                        number, argument = task
+                        try:
+                            call = call or _bind(*self._job)
+                            done: Outcome = ("result", call(argument))
+                        except Exception as error:
+                            done = ("error", error)
+                        with self._changed:
+                            self._outcomes[number] = done
+                        continue
+                    assert outcome is not None
+                    given += 1
+                    kind, value = outcome
+                    if kind == "error":
+                        raise value
+                    yield value
+        finally:
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join(5.0)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+            for thread in threads:
+                thread.join()
+            for process in processes:
+                process.close()
+
+    def _draw(self, until: int) -> None:
+        """Take arguments from their iterable; an error of the iterable comes in its turn."""
+        while self._drawn < until:
+            try:
+                argument = next(self._arguments)
+            except StopIteration:
+                return
+            except Exception as error:
+                self._arguments = iter(())
+                with self._changed:
+                    self._outcomes[self._drawn] = ("error", error)
+                self._drawn += 1
+                return
+            with self._changed:
+                self._waiting.append((self._drawn, argument))
+                self._changed.notify()
+            self._drawn += 1
+
+    def _start(self, threads: list[threading.Thread]) -> SpawnProcess:
+        ours, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(target=_serve, args=(theirs, *self._job), daemon=True)
+        with _sober_start():
+            process.start()
+        theirs.close()
+        thread = threading.Thread(target=self._feed, args=(ours,), daemon=True)
+        threads.append(thread)
+        thread.start()
+        return process
+
+    def _feed(self, connection: Connection) -> None:
+        """Hand a process one argument after another and gather what it answers; runs in a thread of its own."""
+        with connection:
+            while True:
+                with self._changed:
+                    while not self._waiting and not self._over:
+                        self._changed.wait()
+                    if self._over:
+                        return
+                    number, argument = self._waiting.popleft()
+                try:
+                    connection.send(argument)
+                    outcome: Outcome = connection.recv()
+                except (EOFError, OSError):
+                    outcome = ("error", RuntimeError("a worker process died, perhaps for want of memory: use fewer"))
+                except Exception as error:  # what cannot be sent to another process
+                    outcome = ("error", error)
+                with self._changed:
+                    self._outcomes[number] = outcome
+                    self._changed.notify_all()
+
+
+def _serve(connection: Connection, function: Callable[..., Any], build: Any, state: bytes) -> None:
+    """The life of a worker: answer arguments until the pipe closes, which it also does when the parent dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    call: Callable[[Any], Any] | None = None
+    with connection, contextlib.suppress(EOFError, OSError):
+        while True:
+            argument = connection.recv()
+            try:
+                if call is None:
+                    _limit_threads()
+                    call = _bind(function, build, state)
+                    _limit_threads()
+                outcome: Outcome = ("result", call(argument))
+            except Exception as error:
+                error.add_note("in a worker process:\n" + traceback.format_exc().rstrip())
+                outcome = ("error", error)
+            try:
+                connection.send(outcome)
+            except (EOFError, OSError):
+                raise
+            except Exception as error:  # a result or an error that cannot cross processes
+                connection.send(("error", RuntimeError(f"cannot send {outcome[1]!r} between processes: {error}")))
+
+
+def _limit_threads() -> None:
+    if "torch" in sys.modules:  # where torch comes later, the environment says it
+        sys.modules["torch"].set_num_threads(1)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within the context torch, if it is there, uses one thread, so that the workers share the cores evenly."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 1
+    if torch:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _sober_start() -> Iterator[None]:
+    """Within the context a new process starts deaf to Ctrl-C, with one thread, and without the user's script.
+
+    A spawned process imports the main script anew, and a script without ``if __name__ == "__main__"`` would run a
+    second time; nothing of it is needed here.
+    """
+    main = sys.modules["__main__"]
+    before = {name: os.environ.get(name) for name in _THREADS}
+    resource_tracker.ensure_running()  # it would end the blocking of signals below
+    mask = None
+    try:
+        if hasattr(signal, "pthread_sigmask"):
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        os.environ.update(dict.fromkeys(_THREADS, "1"))
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
