@@ -15,7 +15,6 @@ from likely.distributions.categorical import sample_categories
 from likely.distributions.protocol import lazy, mix
 from likely.noise import Noise
 
-
 #: Least log-scale of a logistic on a grid, in half cells.
 LEAST_LOG_SCALE = -2.5
 
