@@ -700,7 +700,7 @@ class Encoder:
         if isinstance(cells, NumberCells):
             unique, inverse = np.unique(cells.values, return_inverse=True)
             keys: list[str | None] = [None if math.isnan(v) else _spell_any(float(v)) for v in unique]
-            table = [self._code(key) for key in keys]
+            table = [self.code(key) for key in keys]
             found = [math.nan if code is None else code for code in table]
             codes = np.array(found, dtype=np.float64)[inverse]
             unknown = np.array([code is None for code in table], dtype=bool)[inverse]
@@ -713,7 +713,7 @@ class Encoder:
         codes_list = list(map(codes_of.get, given))
         if None in codes_list:
             for cell in dict.fromkeys(cell for cell, code in zip(given, codes_list) if code is None):
-                code = self._code(cell)
+                code = self.code(cell)
                 if code is None:
                     index = list(given).index(cell)
                     self._refuse(str(cell), index, where)
@@ -722,7 +722,7 @@ class Encoder:
             codes_list = list(map(codes_of.get, given))
         return np.array(codes_list, dtype=np.float64)
 
-    def _code(self, key: str | None) -> float | None:
+    def code(self, key: str | None) -> float | None:
         """The code of a spelling; of a number in any spelling where the categories are numbers; None if unknown."""
         code = self._codes.get(key)
         if code is None and key is not None:

@@ -29,7 +29,7 @@ _SAMPLE_BYTES = 1 << 18
 _SAMPLE_ROWS = 200
 _CELLS = 1 << 17  # cells in a chunk
 _NEWLINE = re.compile(r"\r\n|\r|\n")
-_LONGEST_CELL = 1 << 24
+LONGEST_CELL = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class CsvFile:
 
     def _blocks(self, size: int) -> Iterator[Rows]:
         """The records that are no empty lines, at most ``size`` at a time."""
-        csv.field_size_limit(_LONGEST_CELL)
+        csv.field_size_limit(LONGEST_CELL)
         dialect = self.dialect
         # A byte order mark is no part of the first cell, whether or not the dialect announces one.
         plain = dialect.encoding.lower().replace("_", "-") in ("utf-8", "utf8")
@@ -261,7 +261,7 @@ def _decodes(path: Path, encoding: str) -> bool:
 
 def _sample(text: str, dialect: Dialect, whole: bool) -> list[list[str]]:
     """The first rows, parsed; a last row that the sample may cut is left out."""
-    csv.field_size_limit(_LONGEST_CELL)
+    csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=dialect.delimiter,

@@ -90,8 +90,7 @@ class Schema:
             DataError: naming file, line, column and value of the first cell that does not belong.
         """
         folder = None if cache is None else Path(cache)
-        found = _source(source, format)
-        with _intact(found):
+        with reading(source, format) as found:
             return self.form.read(found, folder, memory_limit, **options)
 
     def to_user(self, x: Tensor, condition: Tensor | None = None) -> Any:
@@ -116,8 +115,7 @@ class Schema:
             options: as for :meth:`read`.
         """
         target = None if path is None or str(path) == "-" else Path(path)
-        found = _source(source, format)
-        with _intact(found):
+        with reading(source, format) as found:
             return self.form.complete(found, x, target, path is not None, **options)
 
     def describe(self) -> str:
@@ -180,7 +178,6 @@ def infer_schema(
         options: see docs/data.md, for tables: ``given``, ``ignore``, ``keep``, ``columns``, ``missing``,
             ``delimiter``, ``header``, …; for arrays: ``space``, ``levels``, ``layout``, ``binarise``, ``given``, …
     """
-    found = _source(source, format)
     said = _corrections(schema)
     stated_form = said.pop("form", None)
     for name in ("notes", "version"):
@@ -189,7 +186,7 @@ def infer_schema(
     if "columns" in said and "columns" in options:
         merged["columns"] = _merge_columns(said["columns"], options["columns"])
     form: Form
-    with _intact(found):
+    with reading(source, format) as found:
         if found.kind in _TABLES:
             merged.pop("container", None)
             form, remarks = tables.infer_table(found, **merged)
@@ -210,10 +207,11 @@ def _source(source: Any, format: str | None) -> Source:
 
 
 @contextmanager
-def _intact(source: Source) -> Iterator[None]:
-    """Within the context a compressed, Parquet or .npz file that is cut off or altered is a fault of the data."""
+def reading(data: Any, format: str | None) -> Iterator[Source]:
+    """The source, recognised; within the context a file that is cut off or altered is a fault of the data."""
+    source = _source(data, format)
     try:
-        yield
+        yield source
     except DataError:
         raise
     except Exception as fault:

@@ -46,6 +46,25 @@ _DIALECT = tuple(f.name for f in fields(Dialect))
 _ROWS = 1 << 16  # rows written or read from Parquet at a time
 
 
+class Labelled(Protocol):
+    """A table that has names for its columns."""
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Distinct names of the columns."""
+        ...
+
+    @property
+    def named(self) -> bool:
+        """Whether the names are the user's."""
+        ...
+
+
 class TableSource(Protocol):
     """A table that can be read any number of times, in chunks."""
 
@@ -119,7 +138,7 @@ class TableForm:
         check_names(options, READ_OPTIONS, "reading a table")
         absent = tuple(options.get("missing") or self.missing)
         table = self._open(source, options)
-        places = self._match(table, options.get("extra") or self.extra)
+        places = self.match(table, options.get("extra") or self.extra)
         wanted = [*self.modelled, *self.given]
         shape = (len(wanted),)
         stamp = {"source": source.stamp(), "form": _plain(self.to_dict()), "options": _plain(options)}
@@ -146,17 +165,22 @@ class TableForm:
         return Dataset(self.space, rows[:, :split], self.condition_space, rows[:, split:])
 
     def _open(self, source: Source, options: Mapping[str, Any]) -> TableSource:
-        said = {name: options[name] for name in _DIALECT if options.get(name) is not None}
-        if source.kind == "csv":
-            if self.container == "csv":
-                dialect = replace(self.dialect, **said)
-            else:
-                dialect, _ = csvfile.detect(source.path, source.name, **said)
-            return CsvTable(source, dialect)
-        return open_table(source, Dialect())
+        return open_table(source, self.dialect_of(source, options) if source.kind == "csv" else Dialect())
 
-    def _match(self, table: TableSource, extra: str) -> dict[str, int]:
-        """For the name of each column that is needed, its place in the source."""
+    def dialect_of(self, source: Source, options: Mapping[str, Any]) -> Dialect:
+        """How a CSV file is written: as the fitted one but for what ``options`` say, or as it seems to be."""
+        said = {name: options[name] for name in _DIALECT if options.get(name) is not None}
+        if self.container == "csv":
+            return replace(self.dialect, **said)
+        return csvfile.detect(source.path, source.name, **said)[0]
+
+    def match(self, table: Labelled, extra: str) -> dict[str, int]:
+        """For the name of each column that is needed, its place in the source; :class:`DataError` if one is not there.
+
+        Args:
+            table: the source.
+            extra: ``refuse`` or ``ignore`` columns that the schema does not have.
+        """
         places = {name: place for place, name in enumerate(table.names)}
         absent = [c.name for c in self.columns if c.role != "ignore" and c.name not in places]
         generated = not self.dialect.header if self.container == "csv" else all(_counted(c) for c in self.columns)
@@ -235,7 +259,7 @@ class TableForm:
         check_names(options, READ_OPTIONS, "reading a table")
         absent = tuple(options.get("missing") or self.missing)
         table = self._open(source, options)
-        places = self._match(table, options.get("extra") or self.extra)
+        places = self.match(table, options.get("extra") or self.extra)
         self.space.validate(x.detach().cpu(), "x")
         values = x.detach().cpu().double().numpy()
         parquet = path is not None and path.suffix.lower() in (".parquet", ".pq")
@@ -390,7 +414,7 @@ def infer_table(source: Source, **options: Any) -> tuple[TableForm, list[str]]:
         dialect, notes = csvfile.detect(source.path, source.name, **said)
     table = open_table(source, dialect)
     labels = list(table.labels)
-    names = _unique(labels)
+    names = unique_names(labels)
     if "names" in options:
         names = [str(name) for name in options["names"]]
         if len(names) != len(labels):
@@ -458,7 +482,7 @@ def _as_list(value: Any) -> list[str] | None:
     return [str(value)] if isinstance(value, (str, int)) else [str(entry) for entry in value]
 
 
-def _unique(labels: Sequence[Any]) -> list[str]:
+def unique_names(labels: Sequence[Any]) -> list[str]:
     """Names for labels: text, and a number added where one comes twice."""
     names: list[str] = []
     for label in labels:
@@ -475,7 +499,7 @@ def _counted(column: TableColumn) -> bool:
     return isinstance(column.label, int)
 
 
-def _delimiter_hint(table: TableSource) -> str:
+def _delimiter_hint(table: Labelled) -> str:
     if isinstance(table, CsvTable):
         dialect, _ = csvfile.detect(table.file.path, table.name)
         if dialect.delimiter != table.file.dialect.delimiter:
@@ -524,7 +548,7 @@ class CsvTable:
         self.named = header is not None
         width = self.file.width
         self.labels: tuple[Any, ...] = tuple(header) if header else tuple(f"column_{j + 1}" for j in range(width))
-        self.names = tuple(_unique(self.labels))
+        self.names = tuple(unique_names(self.labels))
 
     def chunks(self) -> Iterator[tuple[Where, list[Cells]]]:
         """Cells as spelled."""
@@ -544,7 +568,7 @@ class FrameTable:
         if not len(self.frame.columns) or not len(self.frame):
             raise DataError(f"{source.name}: expected rows and columns, got shape {self.frame.shape}")
         self.labels: tuple[Any, ...] = tuple(_label(label) for label in self.frame.columns)
-        self.names = tuple(_unique(self.labels))
+        self.names = tuple(unique_names(self.labels))
         self.named = self.labels != tuple(range(len(self.labels)))
 
     def chunks(self) -> Iterator[tuple[Where, list[Cells]]]:
@@ -570,7 +594,7 @@ class ParquetTable:
         # An index that pandas stored among the columns is not a column of the user's table.
         self._columns = [name for name in schema.names if not name.startswith("__index_level_")]
         self.labels: tuple[Any, ...] = tuple(self._columns)
-        self.names = tuple(_unique(self.labels))
+        self.names = tuple(unique_names(self.labels))
         self.named = True
 
     def chunks(self) -> Iterator[tuple[Where, list[Cells]]]:
