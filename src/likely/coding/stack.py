@@ -87,6 +87,7 @@ class Stack:
             which raises :class:`Damaged` instead.
 
     Attributes:
+        supply: as given.
         bits: ideal length in bits of what was pushed and not popped: the sum of P − log2 freq.  For reports only.
         supplied: number of words that came from ``supply``: what bits-back borrowed, one for each first lane included.
     """
@@ -94,7 +95,7 @@ class Stack:
     def __init__(self, lanes: int = 1, words: ArrayLike = (), supply: Supply | None = initial_words) -> None:
         self.bits = 0.0
         self.supplied = 0
-        self._supply = supply
+        self.supply = supply
         self._words: Words = np.array(words, dtype=np.uint32)
         self._top = len(self._words)
         self._heads: Unsigned = np.zeros(0, np.uint64)
@@ -317,11 +318,23 @@ class Stack:
         table = np.zeros(shifts.shape, np.int64)
         table[shifts >= 0] = bits
         high = (1 << lengths) + (table << np.maximum(shifts, 0)).sum(1)
+        heads = high.astype(np.uint64) << _32 | rest[-lanes:].astype(np.uint64)
+        return cls.from_state(heads, rest[:-lanes], supply)
+
+    def state(self) -> tuple[Unsigned, Words]:
+        """Heads and words, as they are; copies."""
+        return self._heads.copy(), self._words[: self._top].copy()
+
+    @classmethod
+    def from_state(
+        cls, heads: Unsigned, words: Words, supply: Supply | None = None, *, supplied: int = 0, bits: float = 0.0
+    ) -> Stack:
+        """The stack with this :meth:`state`."""
         stack = cls.__new__(cls)
-        stack.bits, stack.supplied, stack._supply = 0.0, 0, supply
-        stack._words, stack._top = rest[:-lanes].copy(), len(rest) - lanes
-        stack._heads = high.astype(np.uint64) << _32 | rest[-lanes:].astype(np.uint64)
-        stack._spare, stack._flags = np.empty_like(stack._heads), np.empty(lanes, bool)
+        stack.bits, stack.supplied, stack.supply = bits, supplied, supply
+        stack._words, stack._top = words.copy(), len(words)
+        stack._heads = heads.copy()
+        stack._spare, stack._flags = np.empty_like(heads), np.empty(len(heads), bool)
         return stack
 
     def finish(self) -> None:
@@ -362,9 +375,9 @@ class Stack:
         """Pop ``n`` words; they are a view, valid until the next push."""
         short = n - self._top
         if short > 0:
-            if self._supply is None:
+            if self.supply is None:
                 raise Damaged(f"the message ends early: expected {n} more words, got {self._top}")
-            fresh = self._supply(self.supplied, self.supplied + short)[::-1]
+            fresh = self.supply(self.supplied, self.supplied + short)[::-1]
             self._words = np.concatenate([fresh, self._words[: self._top]])
             self._top, self.supplied = n, self.supplied + short
         self._top -= n
