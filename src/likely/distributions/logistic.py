@@ -24,6 +24,21 @@ def log_interval(upper: Tensor, lower: Tensor, width: Tensor) -> Tensor:
     return F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-width))
 
 
+def log_level(x: Tensor, means: Tensor, log_scales: Tensor, levels: int) -> Tensor:
+    """log of the mass that a logistic puts on level x of 0 … ``levels`` − 1; the outer levels take the tails.
+
+    With u = 2x/(L − 1) − 1 and h = 1/(L − 1) it is σ((u + h − μ)/s) − σ((u − h − μ)/s).  The arguments are broadcast.
+    """
+    half = 1.0 / (levels - 1)
+    precision = torch.exp(-log_scales)
+    centred = 2.0 * half * x - 1.0 - means
+    upper, lower = (centred + half) * precision, (centred - half) * precision
+    inside = torch.log(-torch.expm1(-2.0 * half * precision))
+    first, last = x == 0, x == levels - 1
+    cell = torch.where(last, 0.0, F.logsigmoid(upper)) + torch.where(first, 0.0, F.logsigmoid(-lower))
+    return cell + torch.where(first | last, 0.0, inside)
+
+
 def _logit(uniform: Tensor) -> Tensor:
     return torch.log(uniform) - torch.log1p(-uniform)
 
@@ -50,15 +65,7 @@ class DiscretizedLogisticMixture:
         return torch.log_softmax(self.logits, -1)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        x = x.to(self.means.dtype).unsqueeze(-1)
-        half = 1.0 / (self.levels - 1)
-        precision = torch.exp(-self.log_scales)
-        centred = 2.0 * half * x - 1.0 - self.means
-        upper, lower = (centred + half) * precision, (centred - half) * precision
-        inside = torch.log(-torch.expm1(-2.0 * half * precision))
-        first, last = x == 0, x == self.levels - 1
-        cell = torch.where(last, 0.0, F.logsigmoid(upper)) + torch.where(first, 0.0, F.logsigmoid(-lower))
-        cell = cell + torch.where(first | last, 0.0, inside)
+        cell = log_level(x.to(self.means.dtype).unsqueeze(-1), self.means, self.log_scales, self.levels)
         return torch.logsumexp(self.log_weights + cell, -1)
 
     def sample(self, noise: Noise) -> Tensor:
