@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,41 +49,321 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, of shapes ``(batch, m, k)`` and ``(batch, k, n)``, with the faster of PyTorch's libraries for it.
+    """a b, for shapes ``(batch, m, k)`` and ``(batch, k, n)``, by the faster of PyTorch's libraries.
 
-    Which library serves depends on the processor, the type and the shape alone, so that a run repeats to the bit.
+    Which one serves depends on the processor, the type and the shape alone, so that a run repeats to the bit.
     """
-    one = a.shape[1] * a.shape[2] * b.shape[2]
-    if (
+    if _by_onednn(a, b):
+        each = [torch.ops.mkldnn._linear_pointwise(x, y.mT, None, "none", [], "") for x, y in zip(a, b)]
+        return each[0][None] if len(each) == 1 else torch.stack(each)
+    return (a[0] @ b[0])[None] if len(a) == 1 else a @ b
+
+
+def product_plus(a: Tensor, b: Tensor, c: Tensor, alpha: float, beta: float) -> Tensor:
+    """α a b + β c, for shapes ``(batch, m, k)``, ``(batch, k, n)`` and ``(batch, m, n)``."""
+    if _by_onednn(a, b):
+        return product(a, b).mul_(alpha).add_(c, alpha=beta)
+    if len(a) == 1:
+        return torch.addmm(c[0], a[0], b[0], alpha=alpha, beta=beta)[None]
+    return torch.baddbmm(c, a, b, alpha=alpha, beta=beta)
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    return (
         ONEDNN
-        and one >= LARGE
+        and a.shape[1] * a.shape[2] * b.shape[2] >= LARGE
         and a.dtype == b.dtype == torch.float32
         and a.device.type == "cpu"
         and not torch.compiler.is_compiling()
-    ):
-        multiply = torch.ops.mkldnn._linear_pointwise  # x wᵀ
-        each = [multiply(x, y.mT, None, "none", [], "") for x, y in zip(a, b)]
-        return each[0][None] if len(each) == 1 else torch.stack(each)
-    if len(a) == 1:
-        return (a[0] @ b[0])[None]
-    return a @ b
+    )
 
 
 def gram(x: Tensor) -> Tensor:
-    """x xᵀ, of shape ``(batch, m, m)`` for ``(batch, m, n)``; from one triangle where that saves time."""
-    m = x.shape[1]
+    """x xᵀ, of shape ``(batch, m, m)`` for ``(batch, m, n)``; large ones from one triangle."""
+    return _symmetric(x, lambda low, high: product(x[:, low:high], x[:, :high].mT))
+
+
+def square_plus(a: Tensor, alpha: float, beta: float) -> Tensor:
+    """α a² + β a, for symmetric a of shape ``(batch, m, m)``; large ones from one triangle."""
+    return _symmetric(
+        a, lambda low, high: product_plus(a[:, low:high], a[:, :, :high], a[:, low:high, :high], alpha, beta)
+    )
+
+
+def _symmetric(like: Tensor, strip: Callable[[int, int], Tensor]) -> Tensor:
+    """The symmetric matrices of which ``strip(low, high)`` gives the rows ``low:high`` up to column ``high``."""
+    batch, m = like.shape[:2]
     if m < TALL:
-        return product(x, x.mT)
-    return _symmetric(m, x, lambda low, high: product(x[:, low:high], x[:, :high].mT))
-
-
-def _symmetric(m: int, like: Tensor, strip: "Strip") -> Tensor:
-    """The symmetric matrix of which ``strip(low, high)`` gives rows ``low:high`` and columns ``:high``."""
-    out = like.new_empty(len(like), m, m)
-    step = -(-m // STRIPS)
-    for low in range(0, m, step):
-        high = min(m, low + step)
+        return strip(0, m)
+    out = like.new_empty(batch, m, m)
+    for low in range(0, m, -(-m // STRIPS)):
+        high = min(m, low - (-m // STRIPS))
         rows = strip(low, high)
         out[:, low:high, :high] = rows
         out[:, :low, low:high] = rows[:, :, :low].mT
     return out
+
+
+# --------------------------------------------------------------------------------------------------------------
+# One matrix for each axis of a tensor
+# --------------------------------------------------------------------------------------------------------------
+
+
+def unfolded(x: Tensor, axis: int) -> Tensor:
+    """The matrices whose rows run along one axis: ``(batch, n_axis, product of the others)``; axis 0 is the first."""
+    return x.movedim(axis + 1, 1).flatten(2) if x.dim() > 2 else x[:, :, None]
+
+
+def multiply_axes(x: Tensor, matrices: Sequence[Tensor | None], transposed: bool = False) -> Tensor:
+    """x multiplied along each axis with a matrix: for matrices x, M₁ᵀ x M₂, or M₁ x M₂ᵀ if ``transposed``.
+
+    Args:
+        x: shape ``(batch, n_1, …, n_k)``.
+        matrices: for each axis ``(batch, n_i, n_i)``, or None for the identity.
+    """
+    shape = x.shape
+    for axis, matrix in enumerate(matrices):
+        if matrix is None:
+            continue
+        if axis == 1 and len(shape) == 3:  # a matrix from the right
+            x = product(x, matrix.mT if transposed else matrix)
+            continue
+        y = product(matrix if transposed else matrix.mT, unfolded(x, axis))
+        rest = [n for i, n in enumerate(shape[1:]) if i != axis]
+        x = y.reshape(shape[0], shape[axis + 1], *rest).movedim(1, axis + 1)
+    return x
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor is cut into blocks, and which of their axes have a matrix.
+
+    Args:
+        shape: the tensor's axes, those of length one left out and the later ones perhaps taken as one.
+        blocks: for each block its place, a slice of every axis.
+        sides: the axes that have a matrix.
+    """
+
+    shape: tuple[int, ...]
+    blocks: tuple[tuple[slice, ...], ...]
+    sides: tuple[int, ...]
+
+    def views(self, tensor: Tensor) -> list[Tensor]:
+        """The blocks of a contiguous tensor: they share its memory."""
+        whole = tensor.view(self.shape)
+        return [whole[block] for block in self.blocks]
+
+    def side_lengths(self) -> list[int]:
+        """The lengths of the sides of all blocks, block after block."""
+        return [block[axis].stop - block[axis].start for block in self.blocks for axis in self.sides]
+
+
+@functools.cache
+def layout(shape: tuple[int, ...], merge: bool, block: int | None, longest: int) -> Layout:
+    """The blocks of a tensor.
+
+    Args:
+        merge: whether the axes after the first are taken as one, so that a convolution's weight is a matrix with a row
+            for each output channel.
+        block: longest side of a block (None: one block); a longer axis is cut in equal parts, or nearly so.
+        longest: axes longer than that (before they are cut) have no matrix, and are not cut.
+
+    >>> layout((6, 4, 3, 3), True, 24, 1000).shape
+    (6, 36)
+    >>> layout((6, 4, 3, 3), True, 24, 1000).blocks
+    ((slice(0, 6, None), slice(0, 18, None)), (slice(0, 6, None), slice(18, 36, None)))
+    """
+    axes = tuple(n for n in shape if n != 1) or (1,)
+    if merge and len(axes) > 2:
+        axes = (axes[0], math.prod(axes[1:]))
+    sides = tuple(axis for axis, n in enumerate(axes) if n <= longest)
+    cuts = []
+    for axis, n in enumerate(axes):
+        parts = -(-n // block) if block is not None and axis in sides else 1
+        cuts.append([slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)])
+    return Layout(axes, tuple(itertools.product(*cuts)), sides)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Roots and eigenbases
+# --------------------------------------------------------------------------------------------------------------
+
+
+def matrix_power(p: Tensor, exponent: float, eps: float) -> Tensor:
+    """(p + ε)^exponent for symmetric p ⪰ 0, ``(batch, n, n)``; negative eigenvalues are rounding and count as 0.
+
+    >>> matrix_power(torch.diag(torch.tensor([4.0, 16.0]))[None], -0.5, 0.0)[0].diagonal().tolist()
+    [0.5, 0.25]
+    """
+    values, vectors = _eigh(p)
+    values = (values.clamp_min(0) + eps) ** exponent
+    return product(vectors * values[:, None, :], vectors.mT)
+
+
+def eigenbasis(p: Tensor) -> Tensor:
+    """Eigenvectors of symmetric p of shape ``(batch, n, n)`` as columns, those of large eigenvalues first."""
+    return _eigh(p)[1].flip(2)
+
+
+def power_qr(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """A better eigenbasis of symmetric p than q is: the orthogonal factor of p q, one step of power iteration.
+
+    As in Vyas et al. 2024 (arXiv 2409.11321, Algorithm 4), with the columns of q first put in falling order of their
+    Rayleigh quotients.
+
+    Returns:
+        The new basis, ``(batch, n, n)``, and the order, ``(batch, n)``: new column j goes back to old column order[j].
+    """
+    pq = product(p, q)
+    order = (q * pq).sum(1).argsort(dim=1, descending=True, stable=True)
+    pq = pq.gather(2, order[:, None, :].expand_as(pq))
+    return torch.linalg.qr(pq)[0], order
+
+
+def _eigh(p: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors, in double precision where the solver fails in single."""
+    try:
+        values, vectors = torch.linalg.eigh(p)
+    except torch.linalg.LinAlgError:
+        values, vectors = (x.to(p.dtype) for x in torch.linalg.eigh(p.double()))
+    return values, vectors
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Orthogonalisation
+# --------------------------------------------------------------------------------------------------------------
+
+#: ``newton-schulz`` is the quintic of Jordan et al. 2024, ``polar-express`` that of Amsel et al. 2025, ``svd`` exact.
+Method = Literal["polar-express", "newton-schulz", "svd"]
+#: a, b, c of a x + b x³ + c x⁵ in https://kellerjordan.github.io/posts/muon.
+JORDAN = (3.4445, -4.7750, 2.0315)
+#: How much more than its computed norm a matrix is divided by, so that rounding leaves no singular value above 1.
+SAFETY = 1.01
+
+
+def polar_express(floor: float, iterations: int) -> tuple[tuple[float, float, float], ...]:
+    """Coefficients a, b, c of the odd quintics whose composition is nearest to 1 on [floor, 1], in the maximum norm.
+
+    The Polar Express (Amsel, Persson, Musco & Gower 2025, arXiv 2505.16932, Theorem 3.1): greedy is optimal, so each
+    is the best one on the interval that those before it leave, [l, u] with u = 2 − l after the first; it touches its
+    largest error at l < q < r < u with alternating signs, and q and r are its extrema.
+
+    >>> [round(x, 4) for x in polar_express(1e-3, 5)[0]]
+    [8.4703, -25.1081, 18.6293]
+    """
+    low, high, found = floor, 1.0, []
+    for _ in range(iterations):
+        a, b, c = _best_quintic(low, high)
+        found.append((a, b, c))
+        low = a * low + b * low**3 + c * low**5
+        high = 2 - low
+    return tuple(found)
+
+
+def _best_quintic(low: float, high: float) -> tuple[float, float, float]:
+    """The odd quintic nearest to 1 on [low, high], by Remez' exchange."""
+    if low / high > 1 - 5e-6:  # the limit low → high, where the exchange becomes singular
+        return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
+    q, r = (3 * low + high) / 4, (low + 3 * high) / 4
+    for _ in range(100):
+        x = torch.tensor([low, q, r, high], dtype=torch.float64)
+        system = torch.stack([x, x**3, x**5, torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)], 1)
+        a, b, c, _ = torch.linalg.solve(system, torch.ones(4, dtype=torch.float64)).tolist()
+        root = math.sqrt(9 * b * b - 20 * a * c)  # of the derivative a + 3 b x² + 5 c x⁴
+        before, (q, r) = (q, r), (math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c)))
+        if abs(q - before[0]) + abs(r - before[1]) < 1e-15:
+            break
+    return a, b, c
+
+
+@functools.cache
+def coefficients(method: Method, iterations: int, floor: float) -> tuple[tuple[float, float, float], ...]:
+    """The polynomials of an iterative method."""
+    return polar_express(floor, iterations) if method == "polar-express" else (JORDAN,) * iterations
+
+
+def orthogonalized(x: Tensor, method: Method, iterations: int, floor: float, eps: float) -> Tensor:
+    """U Vᵀ or nearly so for x = U Σ Vᵀ, of shape ``(batch, m, n)``, in the precision of x.
+
+    All but ``svd`` apply odd polynomials to the singular values, by products on the smaller side:
+    x ← a x + (b A + c A²) x with A = x xᵀ.  They want singular values of at most 1.  ``newton-schulz`` divides by the
+    Frobenius norm |x|, as its authors do.  ``polar-express`` divides by ‖x xᵀ‖^½, the fourth-power norm of the singular
+    values, which is nearer to the largest of them (|x| is 10 to 25 times as large for a Gaussian matrix of 400 to
+    2500 rows, ‖x xᵀ‖^½ two to six times) and costs nothing, x xᵀ being needed in any case.
+
+    Args:
+        floor: least singular value, relative to that norm, for which ``polar-express`` guarantees its error.
+        eps: least norm to divide by.
+    """
+    if method == "svd":
+        u, _, vt = torch.linalg.svd(x, full_matrices=False)
+        return product(u, vt)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(eps)
+    for i, (a, b, c) in enumerate(coefficients(method, iterations, floor)):
+        square = gram(x)
+        if i == 0 and method == "polar-express":
+            norm = SAFETY * torch.linalg.matrix_norm(square, keepdim=True).sqrt().clamp_min(eps)
+            x, square = x / norm, square / norm.square()
+        x = product_plus(square_plus(square, alpha=c, beta=b), x, x, alpha=1.0, beta=a)
+    return x.mT if tall else x
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------------------------------
+
+#: Elements of a batch from which it gains no more from being larger.
+ENOUGH = 1 << 18
+
+
+def batched(indices: Sequence[int], shapes: Sequence[tuple[Any, ...]]) -> list[list[int]]:
+    """Indices of equal shape together, in batches of at most :data:`ENOUGH` elements or one tensor.
+
+    Args:
+        indices: which of the shapes to take.
+        shapes: by index, the shape first and whatever else must be equal in a batch behind it.
+
+    >>> batched([0, 1, 3], [((2, 2),), ((3, 3),), ((2, 2),), ((2, 2),)])
+    [[0, 3], [1]]
+    """
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index in indices:
+        groups.setdefault(shapes[index], []).append(index)
+    batches = []
+    for key, group in groups.items():
+        size = max(1, ENOUGH // math.prod(key[0]))
+        batches += [group[i : i + size] for i in range(0, len(group), size)]
+    return batches
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """A batch of tensors; of a single one it is a view."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def unstack_into(tensors: Sequence[Tensor], batch: Tensor) -> None:
+    """Write a batch over the tensors, unless it is a view of them."""
+    if len(tensors) != 1 or tensors[0].data_ptr() != batch.data_ptr():
+        torch._foreach_copy_(list(tensors), list(batch.unbind()))
+
+
+def turns(costs: Sequence[float], count: int, loads: list[float]) -> list[int]:
+    """A turn from 0 to ``count`` − 1 for each piece of work so that the turns' loads are nearly equal.
+
+    The dearest first, each to the turn with the least load (Graham 1969).
+
+    Args:
+        loads: load of every turn so far, which becomes the new one.
+
+    >>> turns([1.0, 4.0, 2.0, 2.0], 2, [0.0, 0.0])
+    [0, 0, 1, 1]
+    """
+    given = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        turn = loads.index(min(loads))
+        loads[turn] += costs[i]
+        given[i] = turn
+    return given

@@ -1,0 +1,166 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al. 2024, arXiv 2409.11321, Algorithm 3).
+
+Symbols as in :mod:`likely.optim.shampoo`; Q_L and Q_R are the eigenvectors of its statistics L and R.
+
+    G'_t = Q_Lᵀ G_t Q_R
+    M'_t = β₁ M'_{t−1} + (1 − β₁) G'_t
+    V_t = β₂ V_{t−1} + (1 − β₂) G'_t²
+    N'_t = M̂'_t / (√V̂_t + ε)                           (Adam)
+    θ_t = (1 − α λ) θ_{t−1} − α Q_L N'_t Q_Rᵀ
+    L_t, R_t as in Shampoo, after the step
+    every ``interval`` steps: Q_L ← orthogonal factor of L Q_L (one step of power iteration), Q_R likewise
+
+In that eigenbasis Shampoo's preconditioner is diagonal, and (with p = 1/2) the factored second moment of Adafactor
+(section 4 of the paper).  SOAP keeps Adam's full second moment there instead, so that the scales stay fresh while the
+basis ages.
+
+The first basis is that of the statistics at the parameter's first turn (``START`` in :mod:`likely.optim.shampoo`), by a
+full decomposition.  Up to and including that step the parameter waits, as in the authors' code, so that no gradient is
+turned into a basis that was made of it.  The first moment is kept in the eigenbasis and turned when the basis is; the
+authors turn it back and forth in every step, which is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from likely.optim.adam import Epsilon, adam_update
+from likely.optim.frame import Decay, Rounding, expect
+from likely.optim.matrices import eigenbasis, multiply_axes, power_qr
+from likely.optim.shampoo import Block, Preconditioned, update_statistics
+
+
+def soap_update(
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    basis: list[Tensor | None],
+    t: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    epsilon: Epsilon = "outside",
+) -> Tensor:
+    """Adam in another basis, in units of the learning rate; m and v, which are in that basis, become the new ones.
+
+    Args:
+        g: gradients, shape ``(batch, n_1, …, n_k)``.
+        basis: for each axis ``(batch, n_i, n_i)``, the basis vectors as columns, or None for the identity.
+        t: number of steps in a basis, 1 for the first.
+
+    >>> g, m, v = torch.tensor([[[3.0], [4.0]]]), torch.zeros(1, 2, 1), torch.zeros(1, 2, 1)
+    >>> turned = torch.tensor([[[0.6, -0.8], [0.8, 0.6]]])                  # g is five times its first column
+    >>> [round(x, 4) for x in soap_update(g, m, v, [turned, None], 1, 0.9, 0.9, 1e-3).flatten().tolist()]
+    [0.5999, 0.7998]
+    """
+    (step,) = adam_update([multiply_axes(g, basis)], [m], [v], t, beta1, beta2, eps, epsilon)
+    return multiply_axes(step, basis, transposed=True)
+
+
+def renew_basis(b: Block) -> None:
+    """Bring the bases nearer to the eigenvectors of the statistics, and turn the moments into the new bases.
+
+    The first moment is turned exactly.  The second is not known in another basis; it follows the order of the vectors.
+    """
+    bases: list[Tensor | None] = [None] * len(b.basis)
+    for axis, (p, q) in enumerate(zip(b.statistics, b.basis)):
+        if p is not None and q is not None:
+            bases[axis], order = power_qr(p, q)
+            assert b.v is not None
+            index = order.reshape([len(order), *(-1 if i == axis else 1 for i in range(len(b.basis)))])
+            b.v.copy_(torch.take_along_dim(b.v, index, axis + 1))
+    b.m.copy_(multiply_axes(multiply_axes(b.m, b.basis, transposed=True), bases))
+    for old, new in zip(b.basis, bases):
+        if old is not None and new is not None:
+            old.copy_(new)
+
+
+class SOAP(Preconditioned):
+    """SOAP for matrices, AdamW for the rest (see :mod:`likely.optim.matrixrule` for the split).
+
+    Args:
+        params: parameters or groups of them; a group may say ``matrices=False``.
+        lr: α.
+        betas: β₁ and β₂ of Adam; β₂ is also that of the statistics.
+        eps: ε of Adam.
+        weight_decay: λ; ``decay`` as in :class:`likely.optim.adam.AdamW`.
+        statistics_beta: the statistics' own β₂.
+        interval: steps from one renewal of a basis to the next.
+        epsilon: where ε stands, see :mod:`likely.optim.adam`; the authors' code has it ``folded``.
+        block: longest side of a block; None for one block.
+        max_side: longest axis that has statistics; longer ones keep their own basis.
+        merge: whether the axes after the first are taken as one.
+        maximize, rounding, seed: see :class:`likely.optim.frame.UpdateRule`.
+
+    >>> w = torch.nn.Parameter(torch.zeros(2, 2))
+    >>> optimizer = SOAP([w], lr=0.1, weight_decay=0.0)
+    >>> w.grad = torch.ones(2, 2)
+    >>> optimizer.step()                                          # finds a basis: the gradient has rank one,
+    >>> optimizer.step()                                          # so one element moves, by the learning rate
+    >>> [[round(x, 3) for x in row] for row in w.tolist()]
+    [[-0.05, -0.05], [-0.05, -0.05]]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        statistics_beta: float | None = None,
+        interval: int = 10,
+        epsilon: Epsilon = "outside",
+        block: int | None = None,
+        max_side: int = 8192,
+        merge: bool = True,
+        decay: Decay = "lr",
+        maximize: bool = False,
+        rounding: Rounding = "nearest",
+        seed: int = 0,
+    ) -> None:
+        own = {
+            "epsilon": epsilon,
+            "statistics_beta": statistics_beta,
+            "interval": interval,
+            "block": block,
+            "max_side": max_side,
+            "merge": merge,
+        }
+        super().__init__(
+            params,
+            own,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decay=decay,
+            maximize=maximize,
+            rounding=rounding,
+            seed=seed,
+        )
+
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
+        expect(group, "epsilon", lambda value: value in get_args(Epsilon), f"one of {', '.join(get_args(Epsilon))}")
+        expect(group, "statistics_beta", lambda value: value is None or 0 <= value < 1, "a number from 0 to below 1")
+
+    def update_blocks(self, b: Block, t: int, group: dict[str, Any]) -> bool:
+        beta1, beta2 = group["betas"]
+        if t > b.start:
+            assert b.v is not None
+            steps = t - b.start
+            b.update.copy_(soap_update(b.g, b.m, b.v, b.basis, steps, beta1, beta2, group["eps"], group["epsilon"]))
+        update_statistics(b.g, b.statistics, beta2 if group["statistics_beta"] is None else group["statistics_beta"])
+        if t == b.start:
+            for p, q in zip(b.statistics, b.basis):
+                if p is not None and q is not None:
+                    q.copy_(eigenbasis(p))
+        elif self.is_due(b, t, group):
+            renew_basis(b)
+        return self.is_due(b, t, group)
