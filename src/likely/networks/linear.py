@@ -13,23 +13,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-
-def _prefers_onednn() -> bool:
-    """Whether this is an AMD processor with AVX-512, and a PyTorch that has oneDNN's linear layer."""
-    processor: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return (
-        "AMD" in str(processor.get("cpu_name"))
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch._C, "_are_functorch_transforms_active")
-    )
-
-
-#: Whether oneDNN is the faster of the two here.
-ONEDNN = _prefers_onednn()
-#: Multiply-adds from which it is, its call being dearer by 10 µs.
-LARGE = 1 << 20
+from likely.exact.products import LARGE, ONEDNN
 
 
 class Linear(nn.Linear):
@@ -39,6 +23,9 @@ class Linear(nn.Linear):
     >>> layer(torch.ones(5, 4, 3)).shape
     torch.Size([5, 4, 2])
     """
+
+    #: Whose rule :mod:`likely.exact` uses: the numbers are the same, only the library differs.
+    exact_as = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         if ONEDNN and x.numel() * self.out_features >= LARGE and self._is_plain(x):

@@ -1,0 +1,194 @@
+"""Networks whose outputs have the same bits on every machine: made from a trained module, run, probed and watched."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from likely.exact.products import ROUTES, BatchedProduct, Product, Route, full_precision_products
+from likely.exact.profiles import PROFILES, Uncovered
+from likely.exact.rules import FUNCTIONS, RULES, Setting, allowed
+
+
+class Network:
+    """A network in reproducible arithmetic; called as the module it was made from.
+
+    Made by :func:`network`.  ``module`` is the tree of rules, whose other attributes are those of the original.
+    """
+
+    def __init__(self, module: nn.Module, setting: Setting, route: Route | None) -> None:
+        self.module, self.setting, self._route = module, setting, route
+        self.device = next((t.device for t in _tensors(module)), torch.device("cpu"))
+        self._choose_routes()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.module, *args, **kwargs)
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``function(*args, **kwargs)`` in this network's arithmetic: a method of ``module``, or one that uses it."""
+        with torch.no_grad(), full_precision_products(self.device), Watch(self.setting):
+            return function(*args, **kwargs)
+
+    @property
+    def profile(self) -> str:
+        """``exact32`` or ``exact64``."""
+        return self.setting.profile.name
+
+    @property
+    def routes(self) -> dict[str, Route]:
+        """The route of every product, by its name in the tree."""
+        return {name: m.route for name, m in self.module.named_modules() if isinstance(m, Product | BatchedProduct)}
+
+    def to(self, device: torch.device | str) -> Network:
+        """The network on another device, its routes chosen anew."""
+        return Network(
+            copy.deepcopy(self.module).to(device), Setting(self.setting.profile, self.setting.causal), self._route
+        )
+
+    def probe(self) -> bytes:
+        """Eight bytes that tell of all outputs of the layers on fixed whole numbers: equal wherever the arithmetic is."""
+        digest = hashlib.blake2b(digest_size=8)
+        with torch.no_grad(), full_precision_products(self.device), torch._C.DisableTorchFunction():
+            for name, module in self.module.named_modules():
+                for part in _probed(module, self.device):
+                    digest.update(name.encode())
+                    digest.update(_bytes(part))
+        return digest.digest()
+
+    def _choose_routes(self) -> None:
+        with torch.no_grad(), full_precision_products(self.device):
+            for module in self.module.modules():
+                if isinstance(module, Product | BatchedProduct):
+                    module.choose(self.device, self._route)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _probed(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
+    """What the probe sees of one module: sums, then values after scales and bias; or an activation's values."""
+    if isinstance(module, Product):
+        yield module(module.probe_input().to(device, module.profile.dtype))
+    elif isinstance(module, BatchedProduct):
+        yield module(*(x.to(device, module.profile.dtype) for x in module.probe_input()))
+    elif hasattr(module, "probe_input"):
+        yield module(module.probe_input())
+
+
+def _bytes(x: Tensor) -> bytes:
+    """Little-endian bytes in the logical order of the axes; −0 and 0 are one."""
+    whole = (x.detach().cpu() + 0.0).contiguous()
+    return whole.numpy().astype(whole.numpy().dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+class Watch(TorchFunctionMode):
+    """Lets through what a composite's own ``forward`` may do, puts rules in the place of functions, and refuses the rest.
+
+    Leaves are not watched: their rules know what they do.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.setting = setting
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        rule = FUNCTIONS.get(function)
+        if rule is not None:
+            with torch._C.DisableTorchFunction():
+                return rule(self.setting, *args, **named)
+        reason = allowed(function, args, named)
+        if reason is not None:
+            raise Uncovered(f"torch function {getattr(function, '__qualname__', function)}: {reason}")
+        return function(*args, **named)
+
+
+def network(
+    module: nn.Module, profile: str = "exact32", *, causal: bool = False, route: Route | None = None
+) -> Network:
+    """A network that computes what ``module`` does in evaluation, to within its rounding, and the same bits everywhere.
+
+    The module is copied, never changed.  Each layer becomes its rule; a module made of others keeps its own ``forward``
+    (or ``exact_forward``, if it has one), which may use only operations that are the same everywhere.
+
+    Args:
+        profile: ``exact32``, or ``exact64`` for sums below 2⁵³ in float64: no visible loss, but slow.
+        causal: let no output depend on inputs that it does not see, not through a scale either (for masked and causal
+            convolutions; linear layers and attention are so always).
+        route: compute all products this way, and not the first way that passes the probe; the bits are the same.
+
+    Raises:
+        Uncovered: a layer has no rule.  (An operation without one is found when the network is called.)
+        Irreproducible: this machine's arithmetic fails the probe.
+
+    >>> layers = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 2))
+    >>> exact = network(layers)
+    >>> x = torch.randn(100, 3)
+    >>> torch.equal(exact(x)[7:8], exact(x[7:8]))
+    True
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"profile: expected {' or '.join(PROFILES)}, got {profile!r}")
+    if route is not None and route not in ROUTES:
+        raise ValueError(f"route: expected {', '.join(ROUTES)} or None, got {route!r}")
+    setting = Setting(PROFILES[profile], causal)
+    with torch.no_grad():
+        tree = _converted(copy.deepcopy(module).eval(), setting, type(module).__name__, {})
+    tree.requires_grad_(False)
+    return Network(tree, setting, route)
+
+
+def _converted(module: nn.Module, setting: Setting, path: str, done: dict[int, nn.Module]) -> nn.Module:
+    """The rule of a leaf, or the composite with its children converted in place."""
+    if id(module) in done:
+        return done[id(module)]
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise Uncovered(f"{path}: {type(module).__name__} has forward hooks")
+    maker = _maker(module, path)
+    if maker is not None:
+        try:
+            converted = maker(module, setting)
+        except Uncovered as error:
+            raise Uncovered(f"{path}: {error}") from None
+        converted = converted.to(next((t.device for t in _tensors(module)), "cpu"))
+    else:
+        converted = module
+        done[id(module)] = module
+        for name, child in list(module.named_children()):
+            setattr(module, name, _converted(child, setting, f"{path}.{name}", done))
+        if hasattr(module, "exact_forward"):
+            module.forward = module.exact_forward
+    done[id(module)] = converted
+    return converted
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def _maker(module: nn.Module, path: str) -> Callable[..., nn.Module] | None:
+    """The maker of the module's rule; None for a composite, which keeps its own ``forward``."""
+    kind = type(module)
+    if hasattr(module, "exact_forward"):
+        return None
+    declared = getattr(module, "exact_as", None)
+    for parent in (declared,) if declared is not None else kind.__mro__:
+        if parent in RULES:
+            if declared is None and kind.forward is not parent.forward:
+                raise Uncovered(
+                    f"{path}: {kind.__name__} has a forward of its own; if it computes what {parent.__name__} does, say so "
+                    f"in the class (exact_as = nn.{parent.__name__}), else give it an exact_forward"
+                )
+            return RULES[parent]
+    if kind.__module__.startswith("torch.nn.") and not isinstance(module, _CONTAINERS) and not any(module.children()):
+        raise Uncovered(f"{path}: no rule for {kind.__name__}")
+    return None

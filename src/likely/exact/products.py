@@ -1,0 +1,355 @@
+"""Products of integers held in floats: matrix products and convolutions whose every partial sum is exact.
+
+A sum of whole numbers is exact in float32 while its partial sums stay below 2²⁴, in whatever order, by whatever library,
+with fused multiply-adds or without.  So a *certificate* is drawn from the weights themselves: with S the largest sum of
+absolute values of a row of whole weights, activations may be whole numbers up to ⌊(2²⁴ − 1) / S⌋.
+
+The same product may be had by several *routes*.  They give the same bits; one that does not, on some machine, is found by
+:meth:`Product.passes` and left aside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from likely.exact.profiles import Irreproducible, Profile
+
+Route = Literal["native", "shifted", "float64"]
+#: In the order in which they are tried.
+ROUTES: tuple[Route, ...] = ("native", "shifted", "float64")
+
+Kind = Literal["linear", "conv", "transposed"]
+
+
+def _prefers_onednn() -> bool:
+    """Whether this is an AMD processor with AVX-512, and a PyTorch that has oneDNN's linear layer."""
+    processor: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return (
+        "AMD" in str(processor.get("cpu_name"))
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch._C, "_are_functorch_transforms_active")
+    )
+
+
+#: Whether oneDNN multiplies float32 matrices faster than MKL, PyTorch's own choice, here.
+ONEDNN = _prefers_onednn()
+#: Multiply-adds from which it does, its call being dearer by 10 µs.
+LARGE = 1 << 20
+
+_state = threading.local()
+
+
+def inside_product() -> bool:
+    """Whether a certified product is under way in this thread: inside, any order of summation is right."""
+    return getattr(_state, "depth", 0) > 0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution walks: the arguments of PyTorch's own, two numbers an axis."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    output_padding: tuple[int, int] = (0, 0)
+    groups: int = 1
+
+
+class _Routed(nn.Module):
+    """A product that can be had by several routes."""
+
+    route: Route = ROUTES[0]
+    #: Routes that differ for this product.
+    routes: tuple[Route, ...] = ROUTES
+
+    def passes(self, route: Route, device: torch.device) -> bool:
+        """Whether the route gives on the device what int64 gives on the processor, for the probe's input."""
+        raise NotImplementedError
+
+    def choose(self, device: torch.device, route: Route | None = None) -> None:
+        """Take the given route, or the first that passes the probe.
+
+        Raises:
+            Irreproducible: none passes.
+        """
+        candidates = self.routes if route not in self.routes else (route,)
+        for candidate in candidates:
+            if self.passes(candidate, device):
+                self.route = candidate
+                return
+        raise Irreproducible(
+            f"{type(self).__name__} on {device}: sums of whole numbers are wrong by route {' and by '.join(candidates)}"
+        )
+
+
+class Product(_Routed):
+    """Exact sums of products with whole weights.
+
+    Args:
+        weight: whole numbers, int64, in the layout of PyTorch's own layer of that kind.
+        kind: ``linear``, ``conv`` or ``transposed``.
+        geometry: of the convolution.
+        profile: what the sums are held to.
+
+    ``limit`` is the certificate: activations may be whole numbers from −limit to limit.
+    """
+
+    def __init__(self, weight: Tensor, kind: Kind, profile: Profile, geometry: Geometry | None = None) -> None:
+        super().__init__()
+        self.kind, self.profile, self.geometry = kind, profile, geometry or Geometry()
+        if kind == "linear":
+            self.routes = ("native", "float64")
+        self.inputs = weight.shape[0] if kind == "transposed" else weight.shape[1] * self.geometry.groups
+        cuts = self._cuts(weight)
+        self.limit = min(self._certified(part) for part in _cut(weight, cuts, kind))
+        self.limit = min(self.limit, profile.largest_activation)
+        self.cuts = cuts
+        layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        self.parts = nn.ParameterList(
+            nn.Parameter(part.to(profile.dtype).contiguous(memory_format=layout), requires_grad=False)
+            for part in _cut(weight, cuts, kind)
+        )
+
+    def _cuts(self, weight: Tensor) -> list[int]:
+        """Sizes of the blocks of input channels: one, or as few as give activations enough room."""
+        whole = self._certified(weight)
+        channels = weight.shape[0] if self.kind == "transposed" else weight.shape[1]
+        if whole >= self.profile.least_activation or self.geometry.groups > 1:
+            return [channels]
+        for blocks in range(2, channels + 1):
+            cuts = [channels * (b + 1) // blocks - channels * b // blocks for b in range(blocks)]
+            if (
+                min(self._certified(part) for part in _cut(weight, cuts, self.kind))
+                >= 2 * self.profile.least_activation
+            ):
+                return cuts
+        return [1] * channels
+
+    def _certified(self, weight: Tensor) -> int:
+        return self.profile.largest_sum // max(1, int(self._row_sums(weight).max()))
+
+    def _row_sums(self, weight: Tensor) -> Tensor:
+        """Σ |w| over all weights that one output sums."""
+        size = weight.abs()
+        if self.kind != "transposed":
+            return size.flatten(1).sum(1)
+        # In a transposed convolution an output meets every ``stride``-th tap only.
+        groups, g = self.geometry.groups, self.geometry
+        size = size.reshape(groups, -1, *size.shape[1:]).sum(1).flatten(0, 1)
+        if g.dilation != (1, 1):
+            return size.flatten(1).sum(1)
+        phases = [
+            size[:, i :: g.stride[0], j :: g.stride[1]].sum((1, 2))
+            for i in range(g.stride[0])
+            for j in range(g.stride[1])
+        ]
+        return torch.stack(phases).amax(0)
+
+    def forward(self, ints: Tensor) -> Tensor:
+        """The sums for whole numbers ``ints`` of at most ``limit``, in the profile's dtype (a sum beyond it rounded)."""
+        return self.by(self.route, ints)
+
+    def by(self, route: Route, ints: Tensor) -> Tensor:
+        """The sums by a given route."""
+        _state.depth = getattr(_state, "depth", 0) + 1
+        try:
+            if len(self.cuts) == 1:
+                return self._part(route, ints, self.parts[0]).to(self.profile.dtype)
+            axis = -1 if self.kind == "linear" else 1
+            total: Tensor | None = None
+            for piece, weight in zip(ints.split(self.cuts, axis), self.parts):
+                sums = self._part(route, piece, weight).double()
+                total = sums if total is None else total.add_(sums)
+            assert total is not None
+            return total.to(self.profile.dtype)
+        finally:
+            _state.depth -= 1
+
+    def _part(self, route: Route, x: Tensor, weight: Tensor) -> Tensor:
+        if route == "float64":
+            x, weight = x.double(), weight.double()
+        if self.kind == "linear":
+            return _matrix_product(x, weight)
+        if route == "shifted":
+            return _shifted(x, weight, self.kind, self.geometry)
+        g = self.geometry
+        if self.kind == "conv":
+            return F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
+        return F.conv_transpose2d(x, weight, None, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
+
+    # The probe ------------------------------------------------------------------------------------------------
+
+    def probe_input(self) -> Tensor:
+        """Fixed whole numbers: at random, and such that sums come within 2 ``limit`` of the largest, odd ones too."""
+        weight = torch.cat([part.detach().cpu() for part in self.parts], 0 if self.kind == "transposed" else 1).long()
+        worst = int(self._row_sums(weight).argmax())
+        if self.kind == "linear":
+            shape: tuple[int, ...] = (4, self.inputs)
+        else:
+            span = [d * (k - 1) + 1 for k, d in zip(self.geometry.kernel, self.geometry.dilation)]
+            shape = (2, self.inputs, span[0] + 5, span[1] + 5)
+        x = pseudo_random(shape, self.limit)
+        if self.kind == "linear":
+            x[0] = _signs(weight[worst]) * self.limit
+            x[1] = x[0] - _signs(weight[worst]) * (torch.arange(self.inputs) == int(weight[worst].abs().argmax()))
+        elif self.kind == "conv":
+            g = self.geometry
+            per_group = weight.shape[0] // g.groups
+            first = (worst // per_group) * weight.shape[1]
+            block = _signs(weight[worst]) * self.limit
+            rows = torch.arange(g.kernel[0]) * g.dilation[0]
+            columns = torch.arange(g.kernel[1]) * g.dilation[1]
+            channels = torch.arange(first, first + weight.shape[1])
+            # where the kernel lies wholly inside, and an output is computed: a multiple of the stride less the padding
+            top, left = (-p % s for p, s in zip(g.padding, g.stride))
+            if top + rows[-1] < shape[2] and left + columns[-1] < shape[3]:
+                x[0][channels[:, None, None], (top + rows)[:, None], left + columns] = block
+        else:
+            x[0] = torch.where(x[0] < 0, -self.limit, self.limit)
+        return x
+
+    def passes(self, route: Route, device: torch.device) -> bool:
+        """Whether the route gives on the device what int64 gives on the processor, for :meth:`probe_input`."""
+        x = self.probe_input()
+        sums = self.by(route, x.to(device, self.profile.dtype)).cpu()
+        return torch.equal(sums, self.reference(x).double().to(self.profile.dtype))
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The sums in int64 on the processor."""
+        weights = [part.detach().cpu().long() for part in self.parts]
+        weight = torch.cat(weights, 0 if self.kind == "transposed" else 1)
+        if self.kind == "linear":
+            return x @ weight.t()
+        return _shifted(x, weight, self.kind, self.geometry)
+
+
+class BatchedProduct(_Routed):
+    """Exact sums in products of two batches of matrices, both of whole numbers; the caller sees to the limits."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__()
+        self.profile = profile
+        self.routes = ("native", "float64")
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.by(self.route, a, b)
+
+    def by(self, route: Route, a: Tensor, b: Tensor) -> Tensor:
+        """The sums by a given route."""
+        _state.depth = getattr(_state, "depth", 0) + 1
+        try:
+            return (a.double() @ b.double()).to(a.dtype) if route == "float64" else a @ b
+        finally:
+            _state.depth -= 1
+
+    def probe_input(self) -> tuple[Tensor, Tensor]:
+        """Two batches whose products come close to the largest sum."""
+        width = 64
+        limit = min(self.profile.largest_activation, math.isqrt(self.profile.largest_sum // width))
+        a = pseudo_random((2, 33, width), limit)
+        a[:, 0] = torch.where(a[:, 0] < 0, -limit, limit)
+        b = a.clone()
+        b[:, :, 0] -= b[:, :, 0].sign()
+        return a, b.transpose(1, 2)
+
+    def passes(self, route: Route, device: torch.device) -> bool:
+        """Whether the route gives on the device what int64 gives on the processor, for :meth:`probe_input`."""
+        a, b = self.probe_input()
+        sums = self.by(route, a.to(device, self.profile.dtype), b.to(device, self.profile.dtype))
+        return torch.equal(sums.cpu().long(), a @ b)
+
+
+def pseudo_random(shape: Sequence[int], limit: int) -> Tensor:
+    """Whole numbers from −limit to limit, int64, a fixed function of the shape: a generator of our own, splitmix64."""
+    mask = (1 << 64) - 1
+    count = math.prod(shape)
+    z = (torch.arange(1, count + 1, dtype=torch.int64) * (0x9E3779B97F4A7C15 - mask - 1)) + limit
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * (factor - mask - 1)
+    z = (z ^ ((z >> 31) & ((1 << 33) - 1))) & ((1 << 62) - 1)
+    return (z % (2 * limit + 1) - limit).reshape(tuple(shape))
+
+
+def _signs(x: Tensor) -> Tensor:
+    return torch.where(x < 0, -1, 1)
+
+
+def _cut(weight: Tensor, cuts: list[int], kind: Kind) -> Sequence[Tensor]:
+    return weight.split(cuts, 0 if kind == "transposed" else 1)
+
+
+def _matrix_product(x: Tensor, weight: Tensor) -> Tensor:
+    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() * len(weight) >= LARGE:
+        flat = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, None, "none", [], "")
+        return flat.view(*x.shape[:-1], len(weight))
+    return F.linear(x, weight)
+
+
+def _shifted(x: Tensor, weight: Tensor, kind: Kind, g: Geometry) -> Tensor:
+    """A convolution as one matrix product for each tap of the kernel, of shifted views of the image."""
+    n, _, height, width = x.shape
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = g.kernel, g.stride, g.padding, g.dilation
+    per_group = weight.shape[1] if kind == "transposed" else weight.shape[0] // g.groups
+    if kind == "conv":
+        x = F.pad(x, (pw, pw, ph, ph))
+        rows = (height + 2 * ph - dh * (kh - 1) - 1) // sh + 1
+        columns = (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1
+        out = x.new_zeros(n, rows, columns, g.groups * per_group)
+    else:
+        rows, columns = (height - 1) * sh + dh * (kh - 1) + 1, (width - 1) * sw + dw * (kw - 1) + 1
+        out = x.new_zeros(n, rows + g.output_padding[0], columns + g.output_padding[1], g.groups * per_group)
+    inputs = x.permute(0, 2, 3, 1).chunk(g.groups, 3)
+    outputs = out.chunk(g.groups, 3)
+    weights = weight.chunk(g.groups, 0)
+    for i in range(kh):
+        for j in range(kw):
+            down, right = (
+                slice(i * dh, i * dh + (rows - 1) * sh + 1, sh),
+                slice(j * dw, j * dw + (columns - 1) * sw + 1, sw),
+            )
+            for source, target, w in zip(inputs, outputs, weights):
+                if kind == "conv":
+                    target += source[:, down, right] @ w[:, :, i, j].t()
+                else:
+                    down = slice(i * dh, i * dh + (height - 1) * sh + 1, sh)
+                    right = slice(j * dw, j * dw + (width - 1) * sw + 1, sw)
+                    target[:, down, right] += source @ w[:, :, i, j]
+    if kind == "transposed":
+        out = out[:, ph : out.shape[1] - ph, pw : out.shape[2] - pw]
+    return out.permute(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def full_precision_products(device: torch.device) -> Iterator[None]:
+    """Products in the precision of their operands: no TensorFloat-32, no bfloat16, no autocast."""
+    backends = torch.backends
+    switches = (
+        (backends.cuda.matmul, backends.cudnn.conv)
+        if device.type == "cuda"
+        else (backends.mkldnn.matmul, backends.mkldnn.conv)
+    )
+    before = [switch.fp32_precision for switch in switches]
+    reduced = [(switch, old) for switch, old in zip(switches, before) if old not in ("ieee", "none")]
+    for switch, _ in reduced:
+        switch.fp32_precision = "ieee"
+    try:
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                yield
+        else:
+            yield
+    finally:
+        for switch, old in reduced:
+            switch.fp32_precision = old
