@@ -18,10 +18,10 @@ from likely.contract import Binary
 from likely.data.dataset import Dataset
 from likely.evaluation import held_out
 from likely.noise import StreamNoise
+from likely.optim.schedules import learning_rate_factor
 from likely.training import Diverged, TrainOptions, train
 from likely.training.checkpoints import Checkpoints, load_tensors
 from likely.training.optimizers import OPTIMIZERS
-from likely.training.schedule import learning_rate_factor
 from likely.training.seeds import NOISE, ORDER, Seeds
 from training_toy import (
     Bernoulli,

@@ -271,7 +271,11 @@ class UpdateRule(Optimizer):
 
     def advance(self, bucket: Bucket, group: dict[str, Any]) -> None:
         """Move the parameters of a bucket; on a CPU in runs that stay in its cache, if the rule is elementwise."""
-        if self.is_elementwise(bucket, group) and bucket.parameters[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        if (
+            self.is_elementwise(bucket, group)
+            and bucket.parameters[0].device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        ):
             for run in bucket.runs(CACHED * torch.get_num_threads()):
                 self._advance(run, group)
         else:
@@ -490,20 +494,35 @@ def stochastic_rounding(
     >>> rounded.dtype, bool(((rounded > 1).float().mean() - 0.25).abs() < 0.015)
     (torch.bfloat16, True)
     """
-    stream = torch.zeros((), dtype=torch.int32, device=x.device)
-    for key in (seed & 0x7FFFFFFF, t, number, part):
-        stream = _mix(stream + (key.to(torch.int32) if isinstance(key, Tensor) else int(key)))
-    index = torch.arange(offset, offset + x.numel(), device=x.device).to(torch.int32)
-    noise = (_mix(_mix(index) ^ stream) >> 16) & 0xFFFF
-    carried = (x.contiguous().view(torch.int32) + noise.view(x.shape)) & -0x10000
+    stream = 0
+    for key in (seed, number, part, seed >> 32, offset >> 32):
+        stream = _mix(stream ^ (key & 0xFFFFFFFF))
+    word = _mix(t.to(torch.int64) + stream if isinstance(t, Tensor) else int(t) + stream) + offset
+    index = torch.arange(x.numel(), dtype=torch.int32 if x.numel() < 2**31 else torch.int64, device=x.device)
+    noise = _mix_(index.to(torch.int32).add_(_signed(word))).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    carried = noise.view(x.shape).add_(x.contiguous().view(torch.int32)).bitwise_and_(-0x10000)
     return torch.where(x.isfinite(), carried.view(torch.float32), x).to(torch.bfloat16)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of the 32-bit integers without visible structure (the finaliser "lowbias32" of Wellons 2018)."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
-    return x ^ ((x >> 16) & 0xFFFF)
+def _mix(x: Any) -> Any:
+    """A bijection of the integers below 2³² without visible structure (the finaliser "lowbias32" of Wellons 2018)."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _mix_(x: Tensor) -> Tensor:
+    """:func:`_mix` in place, of int32 that stands for the integers below 2³²."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x7FEB352D))
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def _signed(word: Any) -> Any:
+    """The signed 32-bit integer with the low 32 bits of an integer."""
+    word = ((word + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+    return word.to(torch.int32) if isinstance(word, Tensor) else word
 
 
 def expect(group: dict[str, Any], option: str, holds: Callable[[Any], bool], expected: str) -> None:

@@ -1,4 +1,4 @@
-"""PyTorch's own optimisers, by name."""
+"""Optimisers by name: those of :mod:`likely.optim`, and PyTorch's own."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from likely.optim.adam import Adam, AdaMax, AdamW, NAdam
+from likely.optim.frame import UpdateRule
+
 OPTIMIZERS: dict[str, type[Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adamax": torch.optim.Adamax,
-    "nadam": torch.optim.NAdam,
+    "adam": Adam,
+    "adamw": AdamW,
+    "adamax": AdaMax,
+    "nadam": NAdam,
     "radam": torch.optim.RAdam,
     "rmsprop": torch.optim.RMSprop,
     "adagrad": torch.optim.Adagrad,
@@ -29,7 +32,7 @@ MakeOptimizer = Callable[[Iterable[dict[str, Any]]], Optimizer]
 def make_optimizer(
     name: str, model: nn.Module, learning_rate: float, weight_decay: float = 0.0, **options: Any
 ) -> Optimizer:
-    """The optimiser ``name`` over the trainable parameters of ``model``, fused where PyTorch has it fused.
+    """The optimiser ``name`` over the trainable parameters of ``model``, in one kernel where PyTorch has one.
 
     Weight decay is applied to matrices and larger tensors; vectors and scalars (biases, gains) are left alone.
 
@@ -48,7 +51,7 @@ def make_optimizer(
     for option in options:
         if option not in accepted:
             raise ValueError(f"optimizer_options: optimizer {name!r} has no option {option!r}")
-    if "fused" in accepted and "fused" not in options and _fusible(model):
+    if "fused" in accepted and "fused" not in options and not issubclass(kind, UpdateRule) and _fusible(model):
         options["fused"] = True
     return kind(parameter_groups(model, weight_decay), lr=learning_rate, **options)  # type: ignore[call-arg]
 

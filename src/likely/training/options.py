@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from likely.contract import check_options
-from likely.training.schedule import Decay
+from likely.optim.schedules import Decay
 
 Precision = Literal["float32", "bfloat16", "auto"]
 
@@ -26,13 +26,14 @@ class TrainOptions:
         budget: length of the run in seconds; see :func:`likely.training.train`.
         batch_size: examples in a batch, over all processes.
         accumulate: number of pieces in which a batch is worked off, to save memory; the result is the same.
-        optimizer: adam, adamw, adamax, nadam, radam, rmsprop, adagrad or sgd.
+        optimizer: one of :data:`likely.training.optimizers.OPTIMIZERS`: adamw, adam, adamax, nadam, …
         learning_rate: the highest rate.
         weight_decay: of matrices and larger tensors.
         optimizer_options: further options of the optimiser, such as ``betas`` or ``momentum``.
         warmup: steps over which the learning rate rises from zero.
-        decay: ``cosine`` or ``linear`` to zero at the end of the run, or ``constant``.
-        decay_fraction: the decay takes up this last fraction of the run.
+        decay: ``cosine`` or ``linear`` to zero at the end of the run, ``inverse_sqrt`` from the end of the warm-up
+            on, or ``constant``.
+        decay_fraction: ``cosine`` and ``linear`` take up this last fraction of the run.
         clip_norm: largest global norm of the gradient, or None.
         average: whether averaged weights are evaluated, kept and saved.
         average_fraction: half-life of the average, as a fraction of the steps so far.

@@ -15,14 +15,16 @@ from torch.nn.parallel import DistributedDataParallel
 from likely.contract import Model
 from likely.data.dataset import Dataset
 from likely.noise import Noise, StreamNoise
+from likely.optim.averaging import Average, power
+from likely.optim.clipping import clip_by_global_norm
+from likely.optim.frame import UpdateRule
+from likely.optim.schedules import learning_rate_factor
 from likely.training import diagnosis
-from likely.training.averaging import Averages
 from likely.training.checkpoints import flatten, unflatten
 from likely.training.feeding import Feeder
 from likely.training.optimizers import MakeOptimizer, make_optimizer, parameter_groups
 from likely.training.options import TrainOptions
 from likely.training.processes import LossModule, Processes
-from likely.training.schedule import learning_rate_factor
 from likely.training.seeds import DROPOUT, INITIALISE, NOISE, Seeds
 
 LossFunction = Callable[[Tensor, Tensor | None, Noise, int], tuple[Tensor, dict[str, Tensor]]]
@@ -74,7 +76,7 @@ class Stepper:
         self._generator = torch.Generator(self.device)
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
-        self.averages: Averages | None = None
+        self.averages: Average | None = None
 
     def start(self) -> None:
         """Make ready for steps, once the weights have been initialised (or will be restored)."""
@@ -90,7 +92,7 @@ class Stepper:
             options.precision == "auto" and multiplies_bfloat16(self.device)
         )
         if options.average:
-            self.averages = Averages(self.parameters, options.average_fraction, options.average_half_life)
+            self.averages = Average(self.parameters, power(options.average_fraction, options.average_half_life))
 
     def _unused_parameters(self) -> bool:
         """Whether the loss of the first batch leaves some parameters without a gradient."""
@@ -156,7 +158,7 @@ class Stepper:
         for group, rate in zip(self.optimizer.param_groups, self._rates):
             group["lr"] = rate * factor
         if options.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, options.clip_norm)
+            clip_by_global_norm(self.parameters, options.clip_norm)
         self.optimizer.step()
         if self.averages is not None:
             self.averages.update(step + 1)
@@ -291,8 +293,10 @@ def _bare_loss(model: Model) -> LossFunction:
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimiser's state; ``load_state_dict`` casts it to the parameters' type, this does not."""
+    """Load an optimiser's state; PyTorch's ``load_state_dict`` casts it to the parameters' type, this does not."""
     optimizer.load_state_dict(state)
+    if isinstance(optimizer, UpdateRule):  # it loads to the bit
+        return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, values in state["state"].items():
         own = optimizer.state[parameters[number]]
