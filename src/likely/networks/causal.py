@@ -2,15 +2,13 @@
 
 A masked convolution (van den Oord, Kalchbrenner & Kavukcuoglu 2016, arXiv 1601.06759) is a linear map of the patch of
 positions above and to the left.  Here it is taken literally: the patches are gathered, and the map is an ordinary
-linear layer on rows.  No product with a masked zero is computed, the rows may be those of a whole image, of one position
-in each image of a batch, or of a random few, and a row's result is a function of that row alone.
+linear layer on rows.  No product with a masked zero is computed, the rows may be those of a whole image, of one
+position in each image of a batch, or of a random few, and a row's result is a function of that row alone.
 
 Maps are channels last, ``(batch, height, width, channels)``.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +67,7 @@ class CausalPatch:
         return padded
 
     def write(self, padded: Tensor, i: int, j: int, values: Tensor) -> None:
-        """Put the values ``(n, channels)`` of position (i, j) in a padded map, with the border that follows from them."""
+        """Put the values ``(n, channels)`` of position (i, j) in a padded map, and in the border what follows of them."""
         width = padded.shape[2] - 2 * self.columns
         padded[:, self.rows + i, self.columns + j] = values
         if j == 0 and self.rows + i + 1 < padded.shape[1]:
@@ -137,19 +135,3 @@ class ResidualRows(nn.Module):
         for layer in self.layers:
             h = h + self.dropout(self.activation(layer(h)))
         return h
-
-
-def grid_positions(n: int, height: int, width: int, device: torch.device) -> Tensor:
-    """Index i · width + j of every position of ``n`` images, one image after another: shape ``(n · height · width,)``."""
-    return torch.arange(height * width, device=device).repeat(n)
-
-
-def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """(channels, height, width) of an image.
-
-    Raises:
-        ValueError: the shape has not three axes.
-    """
-    if len(shape) != 3:
-        raise ValueError(f"expected examples of shape (channels, height, width), got {tuple(shape)}")
-    return shape[0], shape[1], shape[2]

@@ -1,0 +1,382 @@
+"""PixelCNN (van den Oord et al. 2016, arXiv 1601.06759) with the law of a pixel of PixelCNN++ (Salimans et al. 2017).
+
+    log p(x) = Σ_t log p(x_t | x_1 … x_{t−1})         pixels t in raster order                (PixelCNN, eq. 1)
+    p(x_t | ·) = Σ_i π_i Π_c P(x_tc | m_ci, s_ci)     colours c share a component i         (arXiv 1701.05517, eqs. 1–3)
+    m_ci = μ_ci + Σ_{e<c} a_cei (u_e − r_e)           means depend linearly on earlier colours
+
+Symbols: x levels 0 … L − 1, u = 2x/(L − 1) − 1, t pixel, c and e colours, i component of the mixture.
+
+The network sees the causal patch of a pixel: the ``field`` above it and to its left.  By default all that follows the
+first layer is pointwise, so the law of a pixel is a small network on its patch.  That makes the model local, which is
+what lossless compression wants: small, fast to train on patches of random positions, drawn and decoded pixel by pixel
+for a whole batch without computing anything twice.  ``stages`` > 1 stacks causal convolutions and widens the field.
+
+A pixel is predicted relative to its western neighbour w: the patch enters as (u − u_w) / d, with d the deviation of
+such differences in the training data, the means leave as u_w + d W (u − u_w)/d + d μ, and scales are in units of d.  The
+reference r is the common part of the means, u_w + d W (u − u_w)/d.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from likely.contract import (
+    Batches,
+    Binary,
+    Bound,
+    Integers,
+    Loss,
+    Model,
+    Space,
+    Unsupported,
+    noise_or_global,
+)
+from likely.distributions import Distribution
+from likely.distributions.pixel import PixelBernoulli, PixelLaw, PixelMixture
+from likely.networks import Features, Linear, full_precision
+from likely.networks.causal import CausalPatch, ResidualRows
+from likely.noise import Noise
+
+#: Rows of patches that are worked off together where no gradient is needed: what fits a processor's cache.
+_ROWS = 16_384
+
+
+class PixelCNN(Model):
+    """Autoregressive model of images, pixel by pixel, with an exact likelihood.
+
+    Args:
+        space: images of shape (C, H, W), C from 1 to 4; binary images have Bernoulli cells.
+        condition: space of what the model is conditioned on, or None.
+        field: rows above and columns to either side that the first layer sees.
+        width: features of the hidden layers.
+        layers: residual pointwise layers of each stage.
+        stages: causal convolutions; the first sees the image, each further one the features of the stage before in
+            a field of its own, ``stage_field``.
+        stage_field: rows above and columns to either side in the further stages.
+        components: K, logistics of the mixture.
+        activation: ``relu``, ``elu``, ``gelu``, ``silu``, ``softplus`` or ``tanh``.
+        dropout: share of hidden units dropped in training.
+        positions: pixels of each image that a training step looks at, chosen anew each time; None for all.  Few
+            pixels of many images teach more than all pixels of few.  Only with one stage.
+
+    Raises:
+        Unsupported: the space is not one of images, has missing cells or more than four colours.
+
+    >>> model = PixelCNN(Integers((3, 8, 8), 256), width=16, layers=1)
+    >>> model.bound(torch.zeros(2, 3, 8, 8)).kind
+    'exact'
+    """
+
+    spaces = (Binary, Integers)
+    conditional = True
+    fill: Tensor
+    unit: Tensor
+
+    def __init__(
+        self,
+        space: Space,
+        condition: Space | None = None,
+        *,
+        field: Sequence[int] = (3, 3),
+        width: int = 192,
+        layers: int = 3,
+        stages: int = 1,
+        stage_field: Sequence[int] = (1, 1),
+        components: int = 5,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        positions: int | None = None,
+    ) -> None:
+        super().__init__(space, condition)
+        if len(space.shape) != 3 or space.shape[0] > 4:
+            raise Unsupported(f"model 'pixelcnn' is for images (C, H, W) with C from 1 to 4, got shape {space.shape}")
+        if space.missing:
+            raise Unsupported("model 'pixelcnn' is for images without missing cells; a trained one can complete them")
+        for name, value in (("field", field), ("stage_field", stage_field)):
+            if len(value) != 2:
+                raise ValueError(f"{name}: expected rows and columns, two numbers, got {tuple(value)}")
+        for name, number, least in (("width", width, 1), ("layers", layers, 0), ("stages", stages, 1),
+                                    ("components", components, 1), ("positions", positions or 1, 1)):  # fmt: skip
+            if number < least:
+                raise ValueError(f"{name}: expected {least} or more, got {number}")
+        if positions is not None and stages > 1:
+            raise Unsupported("positions: with more than one stage the features of all pixels are needed")
+        self.levels = space.levels if isinstance(space, Integers) else 2
+        self.binary = isinstance(space, Binary)
+        self.components, self.positions = components, positions
+        colours, height, columns = space.shape
+        pairs = colours * (colours - 1) // 2
+
+        self.patches = [CausalPatch(*field)] + [CausalPatch(*stage_field, centre=True) for _ in range(stages - 1)]
+        self.west = self.patches[0].offsets.index((0, -1))
+        inputs = len(self.patches[0]) * colours
+        sizes = [inputs] + [len(patch) * width for patch in self.patches[1:]]
+        self.stages = nn.ModuleList(
+            ResidualRows(size, width, layers, activation, dropout, residual=s > 0) for s, size in enumerate(sizes)
+        )
+        self.row = nn.Parameter(torch.zeros(height, width))
+        self.column = nn.Parameter(torch.zeros(columns, width))
+        self.condition_features = Features(condition) if condition is not None else None
+        self.context: Linear | None = None
+        if self.condition_features is not None:
+            self.context = Linear(math.prod(self.condition_features.shape), width)
+        self.linear = Linear(inputs, colours, bias=False)
+        nn.init.zeros_(self.linear.weight)
+        self.sizes = [colours, pairs] if self.binary else [components * m for m in (1, colours, colours, pairs)]
+        self.output = Linear(width, sum(self.sizes))
+        self.register_buffer("fill", torch.zeros(colours))
+        self.register_buffer("unit", torch.ones(colours))
+        self.register_buffer("log_unit", torch.zeros(colours))
+
+    # The law of a pixel --------------------------------------------------------------------------------------
+
+    def _law(self, numbers: Tensor, linear: Tensor, patch: Tensor, exact: bool = False) -> PixelLaw:
+        """The law of pixels, by elementwise operations on what the layers give.
+
+        Args:
+            numbers: of the output layer, shape ``(rows, sum(self.sizes))``.
+            linear: W (u − u_w) / d, shape ``(rows, C)``.
+            patch: u, shape ``(rows, taps, C)``.
+        """
+        colours, k = self.space.shape[0], self.components
+        if self.binary:
+            logits, slopes = numbers.split(self.sizes, 1)
+            return PixelBernoulli(logits + linear, slopes)
+        logits, means, log_scales, slopes = numbers.split(self.sizes, 1)
+        unit = self.unit.to(numbers.dtype)
+        reference = patch[:, self.west] + unit * linear
+        means = reference.unsqueeze(-1) + unit.unsqueeze(-1) * means.reshape(-1, colours, k)
+        log_scales = log_scales.reshape(-1, colours, k) + self.log_unit.to(numbers.dtype).unsqueeze(-1)
+        return PixelMixture(
+            logits, means, log_scales, slopes.reshape(len(slopes), -1, k), reference, self.levels, exact
+        )
+
+    def _relative(self, patch: Tensor) -> Tensor:
+        """(u − u_w) / d, with u_w itself in its own place: shape ``(rows, taps · C)``."""
+        west = patch[:, self.west].unsqueeze(1)
+        relative = (patch - west) / self.unit.to(patch.dtype)
+        return torch.cat([relative[:, : self.west], west, relative[:, self.west + 1 :]], 1).flatten(1)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """u, channels last."""
+        return x.to(self.output.weight.dtype).movedim(1, -1) * (2.0 / (self.levels - 1)) - 1.0
+
+    def _place(self, positions: Tensor, context: Tensor | None) -> Tensor:
+        """What the first layer adds for the place in the image and the condition: shape ``(rows, width)``."""
+        columns = self.space.shape[2]
+        place = self.row[positions // columns] + self.column[positions % columns]
+        return place if context is None else place + context
+
+    # All pixels at once --------------------------------------------------------------------------------------
+
+    def _log_probs(self, x: Tensor, condition: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        """log p(x_tc | x_<t, x_t1 … x_t,c−1) in nats: shape ``(n, pixels, C)``.
+
+        Args:
+            positions: the pixels t, int64, shape ``(n, k)``; all by default.
+        """
+        (colours, height, width), n = self.space.shape, len(x)
+        padded = self.patches[0].pad(self._scaled(x), self.fill.to(self.output.weight.dtype))
+        if positions is None:
+            patch = self.patches[0].all(padded).flatten(0, 2)
+            places = torch.arange(height * width, device=x.device).expand(n, -1)
+            values = x.flatten(2)
+        else:
+            patch, places = self.patches[0].some(padded, positions).flatten(0, 1), positions
+            values = x.flatten(2).gather(2, positions.unsqueeze(1).expand(-1, colours, -1))
+        context = self._context(condition, self.context)
+        if context is not None:
+            context = context.repeat_interleave(places.shape[1], 0)
+        inputs = self._relative(patch)
+        h = self.stages[0](inputs, self._place(places.reshape(-1), context))
+        for patches, stage in zip(self.patches[1:], self.stages[1:]):
+            maps = h.reshape(n, height, width, -1)
+            h = stage(patches.all(patches.pad(maps, maps.new_zeros(maps.shape[-1]))).flatten(0, 2).flatten(1))
+        law = self._law(full_precision(self.output(h)), full_precision(self.linear(inputs)), patch)
+        return law.log_probs(values.transpose(1, 2).reshape(-1, colours)).reshape(n, -1, colours)
+
+    def column_nats(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
+        """log p of every cell given those before it, in nats: shape ``(batch, C, H, W)``; they sum to the bound."""
+        size = max(1, _ROWS // math.prod(self.space.shape[1:]))
+        conditions = [None] * len(x) if condition is None else condition.split(size)
+        found = [self._log_probs(part, given) for part, given in zip(x.split(size), conditions)]
+        return torch.cat(found).transpose(1, 2).reshape(x.shape)
+
+    def bound(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Bound:
+        """log p(x | c) in nats, exact."""
+        return Bound("exact", {"pixels": self.column_nats(x, condition).flatten(1).sum(1)})
+
+    def loss(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None, step: int = 0) -> Loss:
+        """−log p(x | c) per dimension; in training with ``positions`` an unbiased estimate from these few pixels."""
+        if self.positions is None or not self.training:
+            return super().loss(x, condition, noise, step)
+        pixels = math.prod(self.space.shape[1:])
+        uniform = noise_or_global(noise, x).uniform((len(x), self.positions)).to(x.device)
+        positions = (uniform * pixels).long().clamp(max=pixels - 1)
+        nats = self._log_probs(x, condition, positions).sum(2).mean() * pixels
+        return Loss(-nats / self.space.dims, {"pixels": nats.detach()})
+
+    # Pixel after pixel ---------------------------------------------------------------------------------------
+
+    def _in_order(
+        self, n: int, context: Tensor | None, choose: Callable[[int, int, int, Distribution], Tensor], layers: Layers
+    ) -> Tensor:
+        """Images whose cells are chosen one after another, each from its law given those before it.
+
+        Nothing is computed twice: every stage keeps the map that the next one looks at.
+
+        Args:
+            choose: ``(c, i, j, distribution) -> levels``, shape ``(n,)`` each, of colour c of pixel (i, j).
+
+        Returns:
+            levels, shape ``(n, C, H, W)``.
+        """
+        colours, height, width = self.space.shape
+        like = self.output.weight
+        x = like.new_zeros(n, colours, height, width)
+        fills = [self.fill.to(like)] + [like.new_zeros(like.shape[1])] * (len(self.patches) - 1)
+        maps = [patches.empty(n, height, width, fill) for patches, fill in zip(self.patches, fills)]
+        for i, j in itertools.product(range(height), range(width)):
+            patch = self.patches[0].at(maps[0], i, j)
+            inputs = self._relative(patch)
+            h = layers.stages[0](inputs, self._place(torch.full((n,), i * width + j, device=like.device), context))
+            for patches, stage, seen in zip(self.patches[1:], layers.stages[1:], maps[1:]):
+                patches.write(seen, i, j, h)
+                h = stage(patches.at(seen, i, j).flatten(1))
+            law = self._law(layers.output(h), layers.linear(inputs), patch, layers.exact)
+            for c in range(colours):
+                x[:, c, i, j] = choose(c, i, j, law.first)
+                if c + 1 < colours:
+                    law = law.given(x[:, c, i, j])
+            self.patches[0].write(maps[0], i, j, x[:, :, i, j] * (2.0 / (self.levels - 1)) - 1.0)
+        return x
+
+    def sample(self, n: int, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
+        """Each colour of each pixel drawn from its law given all before it."""
+        noise = noise_or_global(noise, self)
+        layers = Layers.of(self)
+        with torch.no_grad():
+            context = self._context(condition, self.context)
+            return self._in_order(n, context, lambda c, i, j, law: law.sample(noise), layers)
+
+    def impute(
+        self,
+        x: Tensor,
+        condition: Tensor | None = None,
+        noise: Noise | None = None,
+        draws: int = 0,
+        samples: int = 32,
+    ) -> Tensor:
+        """Images completed: cells missing at the end of the raster order, drawn given those before them.
+
+        Args:
+            x: NaN marks the missing cells.
+            draws: 0 for the best single values (mean level, or the more frequent bit, of ``samples`` completions),
+                shape of ``x``; m for m draws, shape ``(m, *x.shape)``.
+
+        Raises:
+            Unsupported: a missing cell comes before an observed one, so that this order has no law for it.
+        """
+        self._check_order(x)
+        noise, n = noise_or_global(noise, x), len(x)
+        m = draws or samples
+        shared = _SharedNoise(noise, n, m)
+        known = x.to(self.output.weight.dtype).repeat_interleave(m, 0)
+
+        def choose(c: int, i: int, j: int, law: Distribution) -> Tensor:
+            cells = known[:, c, i, j]
+            missing = torch.isnan(cells)
+            return torch.where(missing, law.sample(shared), cells) if bool(missing.any()) else cells
+
+        with torch.no_grad():
+            context = self._context(condition, self.context)
+            context = None if context is None else context.repeat_interleave(m, 0)
+            filled = self._in_order(n * m, context, choose, Layers.of(self)).reshape(n, m, *x.shape[1:]).to(x.dtype)
+        return filled.movedim(1, 0) if draws else torch.where(torch.isnan(x), filled.mean(1).round(), x)
+
+    def _check_order(self, x: Tensor) -> None:
+        """Refuse an image in which a missing cell comes before an observed one."""
+        missing = torch.isnan(x).permute(0, 2, 3, 1).flatten(1)
+        wrong = missing[:, :-1] & ~missing[:, 1:]
+        if wrong.any():
+            example, cell = (int(v) for v in wrong.nonzero()[0])
+            pixel, colour = divmod(cell, x.shape[1])
+            i, j = divmod(pixel, x.shape[3])
+            raise Unsupported(
+                f"example {example}: its cell (channel {colour}, row {i}, column {j}) is missing and one after it is "
+                "not; model 'pixelcnn' draws cells in raster order and completes images only at their end"
+            )
+
+    # Parts ---------------------------------------------------------------------------------------------------
+
+    def initialise(self, batches: Batches) -> None:
+        """Mean levels, which stand for what lies outside the image, and the deviation d of western differences."""
+        if self.condition_features is not None:
+            self.condition_features.initialise(batches, of_condition=True)
+        colours = self.space.shape[0]
+        count, total, squares = 0, torch.zeros(colours).double(), torch.zeros(colours).double()
+        for x, _ in batches:
+            u = x.double() * (2.0 / (self.levels - 1)) - 1.0
+            count += len(x)
+            total += u.mean((2, 3)).sum(0).cpu()
+            if u.shape[3] > 1:
+                squares += u.diff(dim=3).square().mean((2, 3)).sum(0).cpu()
+        d = (squares / max(count, 1)).sqrt()
+        d = torch.where(d > 1.0 / self.levels, d, 1.0)
+        with torch.no_grad():
+            self.fill.copy_(total / max(count, 1))
+            self.unit.copy_(d)
+            self.log_unit.copy_(d.log())
+            if not self.binary:
+                self.output.bias[sum(self.sizes[:2]) : sum(self.sizes[:3])] = -1.0
+
+    @classmethod
+    def tiny(cls, space: Space, condition: Space | None = None) -> PixelCNN:
+        """Two stages of eight features."""
+        return cls(space, condition, field=(1, 1), width=8, layers=1, stages=2, components=2, activation="tanh")
+
+    def _context(self, condition: Tensor | None, layer: Callable[[Tensor], Tensor] | None) -> Tensor | None:
+        """What the condition adds in the first layer: shape ``(n, width)``, or None."""
+        if (condition is None) != (self.condition_features is None):
+            expected = "a condition" if condition is None else "no condition"
+            raise ValueError(f"condition: this model was built with {expected}")
+        if condition is None or self.condition_features is None or layer is None:
+            return None
+        return layer(self.condition_features(condition, self.output.weight.dtype).flatten(1))
+
+
+Rows = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers that act on rows: the model's own, or their reproducible twins."""
+
+    stages: Sequence[Rows]
+    linear: Rows
+    output: Rows
+    exact: bool
+
+    @classmethod
+    def of(cls, model: PixelCNN) -> Layers:
+        """The model's own layers."""
+        return cls(list(model.stages), model.linear, model.output, False)
+
+
+class _SharedNoise:
+    """Noise for m rows an example, taken from noise for one."""
+
+    def __init__(self, noise: Noise, n: int, m: int) -> None:
+        self._noise, self._n, self._m = noise, n, m
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return self._noise.normal((self._n, self._m * math.prod(shape[1:]))).reshape(tuple(shape))
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        return self._noise.uniform((self._n, self._m * math.prod(shape[1:]))).reshape(tuple(shape))
