@@ -306,7 +306,7 @@ def test_one_example():
 # Stopping and going on ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("optimizer", "step"), [(name, 7 + 6 * i) for i, name in enumerate(OPTIMIZERS)])
+@pytest.mark.parametrize(("optimizer", "step"), [(name, 7 + 4 * i) for i, name in enumerate(OPTIMIZERS)])
 def test_resumed_run_is_equal_to_the_bit(tmp_path, optimizer, step):
     """Crashes at two instants, one before and one after an evaluation; checkpoints lie before the crash."""
     options = SHORT.with_changes(optimizer=optimizer, weight_decay=0.01, learning_rate=1e-3, checkpoint_seconds=0.0)

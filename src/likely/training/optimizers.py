@@ -11,14 +11,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from likely.optim.adam import Adam, AdaMax, AdamW, NAdam
-from likely.optim.frame import UpdateRule
+from likely.optim import SOAP, Adam, AdaMax, AdamW, Muon, NAdam, Shampoo, UpdateRule
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adam": Adam,
     "adamw": AdamW,
     "adamax": AdaMax,
     "nadam": NAdam,
+    "shampoo": Shampoo,
+    "soap": SOAP,
+    "muon": Muon,
     "radam": torch.optim.RAdam,
     "rmsprop": torch.optim.RMSprop,
     "adagrad": torch.optim.Adagrad,
