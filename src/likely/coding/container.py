@@ -161,19 +161,20 @@ def canonical_json(value: Any) -> bytes:
 
 
 def _check_header(header: Any) -> None:
-    """Raise ``ValueError`` unless ``header`` is an object with whole numbers of 64 bits and limited depth."""
+    """Raise ``ValueError`` unless ``header`` is an object of Unicode text, 64-bit whole numbers and limited depth."""
     if not isinstance(header, Mapping):
         raise ValueError(f"expected a JSON object, got {type(header).__name__}")
     level: list[Any] = [header]
     for _ in range(_DEPTH_LIMIT):
         inner: list[Any] = []
         for node in level:
-            if isinstance(node, Mapping):
-                inner.extend(node.values())
-            elif isinstance(node, list | tuple):
-                inner.extend(node)
-            elif isinstance(node, int) and not -_LARGEST - 1 <= node <= _LARGEST:
-                raise ValueError("expected whole numbers of at most 64 bits")
+            for value in node.values() if isinstance(node, Mapping) else node:
+                if isinstance(value, Mapping | list | tuple):
+                    inner.append(value)
+                elif isinstance(value, str):
+                    value.encode("utf-8")  # refuses half a surrogate pair, which nothing could print
+                elif isinstance(value, int) and not -_LARGEST - 1 <= value <= _LARGEST:
+                    raise ValueError("expected whole numbers of at most 64 bits")
         if not inner:
             return
         level = inner
@@ -596,7 +597,8 @@ class Reader:
             raise Truncated(f"expected at least {first + _TRAILER.size} bytes, got {size}", f"byte {size}")
         length, crc, mark = _TRAILER.unpack(self._at(end, _TRAILER.size, "trailer"))
         if mark != END:
-            raise Truncated("expected the end mark", f"byte {size - len(END)}")
+            advice = "the file is cut short, or something was appended to it: copy or download it again"
+            raise Truncated("expected the end mark", f"byte {size - len(END)}", advice)
         # 2. lengths
         self._check_index_length(length)
         if length > end - first:

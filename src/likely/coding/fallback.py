@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from likely.coding.errors import Damaged
+from likely.coding.errors import Damaged, NewerVersion
 
 STORED, DEFLATE, LZMA, BZIP2 = range(4)
 
@@ -54,6 +54,7 @@ def decompress(packed: bytes, size: int) -> bytes:
 
     Raises:
         Damaged: ``packed`` does not hold exactly ``size`` bytes.
+        NewerVersion: a method that this version does not know.
     """
     if not packed:
         raise Damaged("expected a compressed string of bytes, got nothing")
@@ -68,7 +69,7 @@ def decompress(packed: bytes, size: int) -> bytes:
         BZIP2: bz2.BZ2Decompressor,
     }
     if method not in openers:
-        raise Damaged(f"expected a compression method from 0 to {BZIP2}, got {method}")
+        raise NewerVersion(f"expected a compression method from 0 to {BZIP2}, got {method}")
     try:
         stream = openers[method]()
         data = stream.decompress(body, size + 1)
