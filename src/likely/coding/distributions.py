@@ -1,0 +1,156 @@
+"""The codec of a distribution: its raw parameters, bit-identical on every machine, become integer frequencies.
+
+>>> import torch
+>>> from likely.coding import Stack
+>>> from likely.distributions import Bernoulli
+>>> codec = codec_of(Bernoulli(torch.tensor([[0.0, 2.0], [-1.0, 5.0]])))
+>>> stack = Stack()
+>>> codec.push(stack, [[1, 1], [0, 1]])
+>>> codec.pop(stack)
+array([[1, 1],
+       [0, 1]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from likely.coding.categories import BernoulliCells, CategoricalCells
+from likely.coding.cells import Cells, Integers, Mask, Step
+from likely.coding.continuum import DoubleCells
+from likely.coding.intervals import GridCells, LogisticCells, NormalCells
+from likely.coding.stack import Stack
+from likely.distributions.bernoulli import Bernoulli
+from likely.distributions.categorical import Categorical
+from likely.distributions.heads import TableDistribution
+from likely.distributions.logistic import DiscretizedLogisticMixture, GridLogisticMixture
+from likely.distributions.normal import Normal
+
+
+def codec_of(
+    distribution: Any,
+    present: ArrayLike | None = None,
+    *,
+    spacing: float = 2.0**-8,
+    bound: float = 16.0,
+    spare_bits: Sequence[int] | None = None,
+) -> Cells:
+    """Codec of a batch of cells with this distribution.
+
+    Args:
+        distribution: one of :mod:`likely.distributions`, with parameters of shape ``(*shape, …)``.
+        present: which cells are there, a bool mask ``shape``; absent ones cost nothing.
+        spacing, bound: grid of a :class:`Normal`: symbol i is z = i · spacing, within ± bound.
+        spare_bits: for each numeric column without a grid, how many zeros end the bits of all its values.
+
+    Raises:
+        ValueError: a parameter is NaN or infinite; the message names it and its index.
+        TypeError: the distribution has no codec.
+    """
+    if isinstance(distribution, Bernoulli):
+        return BernoulliCells(_array(distribution.logits), present)
+    if isinstance(distribution, Categorical):
+        return CategoricalCells(_array(distribution.logits), present)
+    if isinstance(distribution, DiscretizedLogisticMixture):
+        logits, means, scales = _broadcast(distribution.logits, distribution.means, distribution.log_scales)
+        return LogisticCells(logits, means, scales, distribution.levels, present)
+    if isinstance(distribution, Normal):
+        mean, log_scale = _broadcast(distribution.mean, distribution.log_scale)
+        return NormalCells(mean, log_scale, spacing, bound, present)
+    if isinstance(distribution, GridLogisticMixture):
+        numeric = list(range(distribution.means.shape[-2]))
+        return RowCells(TableDistribution({}, numeric, distribution), present, spare_bits)
+    if isinstance(distribution, TableDistribution):
+        return RowCells(distribution, present, spare_bits)
+    raise TypeError(f"distribution: {type(distribution).__name__} has no codec")
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    return tensor.detach().cpu().numpy()
+
+
+def _broadcast(*tensors: Tensor) -> list[NDArray[Any]]:
+    return list(np.broadcast_arrays(*(_array(tensor) for tensor in tensors)))
+
+
+class RowCells(Cells):
+    """Rows of a table, column after column: symbols ``(n, columns)`` are codes, grid indices or ranks of floats.
+
+    Args:
+        rows: the distribution of n rows.
+        present: which cells are there, shape ``(n, columns)``.
+        spare_bits: for each numeric column without a grid, as in :class:`DoubleCells`.
+    """
+
+    def __init__(
+        self, rows: TableDistribution, present: ArrayLike | None = None, spare_bits: Sequence[int] | None = None
+    ) -> None:
+        mixture = rows.mixture
+        lead = next(iter(rows.coded.values())).logits if mixture is None else mixture.means
+        super().__init__((lead.shape[0], len(rows.coded) + len(rows.numeric)), present)
+        mask = np.ones(self.shape, bool) if self.kept is None else np.asarray(present)
+        self.columns: list[Cells] = []
+        spare = iter(spare_bits or ())
+        for j in range(self.shape[1]):
+            try:
+                if j in rows.coded:
+                    column: Cells = CategoricalCells(_array(rows.coded[j].logits)[:, 0], mask[:, j])
+                else:
+                    assert mixture is not None
+                    column = _numeric_column(mixture, rows.numeric.index(j), mask[:, j], spare)
+            except ValueError as error:
+                raise ValueError(f"column {j}: {error}") from None
+            self.columns.append(column)
+
+    def push(self, stack: Stack, symbols: ArrayLike) -> None:
+        array = self._rows(symbols)
+        for j in reversed(range(self.shape[1])):
+            try:
+                self.columns[j].push(stack, array[:, j])
+            except ValueError as error:
+                raise ValueError(f"column {j}: {error}") from None
+
+    def pop(self, stack: Stack) -> Integers:
+        return np.stack([column.pop(stack) for column in self.columns], 1)
+
+    def lengths(self, symbols: ArrayLike) -> NDArray[np.float64]:
+        array = self._rows(symbols)
+        return np.stack([column.lengths(array[:, j]) for j, column in enumerate(self.columns)], 1)
+
+    def legal(self, symbols: ArrayLike) -> Mask:
+        array = self._rows(symbols)
+        return np.stack([column.legal(array[:, j]) for j, column in enumerate(self.columns)], 1)
+
+    def _rows(self, symbols: ArrayLike) -> NDArray[Any]:
+        array = np.asarray(symbols)
+        if array.shape != self.shape:
+            raise ValueError(f"symbols: expected shape {self.shape}, got {array.shape}")
+        return array
+
+    def _steps(self, symbols: Integers) -> Iterable[Step]:
+        raise NotImplementedError
+
+    def _pop(self, stack: Stack) -> Integers:
+        raise NotImplementedError
+
+    def _legal(self, symbols: Integers) -> Mask:
+        raise NotImplementedError
+
+
+def _numeric_column(mixture: GridLogisticMixture, i: int, present: Mask, spare_bits: Any) -> Cells:
+    columns = mixture.means.shape[-2]
+    location, scale, resolution = (
+        float(_array(tensor.expand(columns))[i]) for tensor in (mixture.location, mixture.scale, mixture.resolution)
+    )
+    logits, means = _array(mixture.logits)[:, i], _array(mixture.means)[:, i]
+    log_scales = _array(mixture.given_log_scales)[:, i]
+    if resolution > 0:
+        atoms = _array(mixture.atoms.expand(columns, -1))[i]
+        return GridCells(logits, means, log_scales, location, scale, resolution, atoms, present)
+    logits = logits[:, : means.shape[1]]
+    return DoubleCells(logits, means, log_scales, location, scale, next(spare_bits, 0), present)
