@@ -70,20 +70,20 @@ class CsvOriginal(Original):
     def __init__(self, form: TableForm, source: Source, options: Mapping[str, Any]) -> None:
         check_names(options, READ_OPTIONS, "reading a table")
         self._form = form
-        dialect = form.dialect_of(source, options)
+        asked = form.dialect_of(source, options)
         with open_bytes(source.path) as file:
             content = file.read()
-        mark, encoding, self._text = _decode(content, dialect.encoding)
-        self._dialect = dialect = replace(dialect, encoding=encoding)
+        mark, encoding, self._text, rest = _decode(content, asked.encoding)
+        self._dialect = dialect = replace(asked, encoding=encoding)
         self._find_records()
         digest, size = blake2b(content), len(content)
         del content
         if not len(self._stop):
             raise DataError(f"{source.name}: expected rows, got an empty file")
-        first = _cut_one(self._text[self._begin[0] : self._stop[0]], dialect)
+        first = _cut(self._text[self._begin[0] : self._stop[0]], dialect)
         self._width = width = len(first)
         header = dialect.header
-        table = _names(source, dialect, first)
+        table = _names(source, asked, first)
         places = form.match(table, options.get("extra") or form.extra)
         start = int(self._next[0]) if header else int(self._begin[0])
         if header:
@@ -102,6 +102,7 @@ class CsvOriginal(Original):
         self._study()
         facts = {
             "mark": mark.hex(),
+            "rest": rest.hex(),
             "dialect": {
                 "delimiter": dialect.delimiter,
                 "encoding": encoding,
@@ -137,7 +138,7 @@ class CsvOriginal(Original):
         if not filled.all():
             rows = np.flatnonzero(filled)
             kept = filled.copy()
-            if len(rows) and len(_cut_one(text[begin[rows[0]] : stop[rows[0]]], dialect)) == 1:
+            if len(rows) and len(_cut(text[begin[rows[0]] : stop[rows[0]]], dialect)) == 1:
                 # In a file of one column an empty line between two others is an empty cell.
                 kept[rows[0] : rows[-1] + 1] = True
             begin, stop, follow = begin[kept], stop[kept], follow[kept]
@@ -150,13 +151,16 @@ class CsvOriginal(Original):
         slices = map(slice, self._begin[start:stop].tolist(), self._stop[start:stop].tolist())
         return list(map(self._text.__getitem__, slices))
 
-    def _cut(self, records: Sequence[str]) -> tuple[np.ndarray, list[Sequence[str]]]:
+    def _cut(self, records: Sequence[str]) -> tuple[np.ndarray, list[list[str]]]:
         """The places of the records that have as many cells as the file has columns, and their cells by column."""
-        rows = _cut(records, self._dialect, self._width)
-        regular = np.array([row for row, cells in enumerate(rows) if len(cells) == self._width], dtype=np.int64)
-        if len(regular) < len(rows):
-            rows = [rows[row] for row in regular.tolist()]
-        return regular, list(zip(*rows)) if rows else [()] * self._width
+        delimiter, width = self._dialect.delimiter, self._width
+        if delimiter != " " and set(map(str.count, records, itertools.repeat(delimiter))) == {width - 1}:
+            cells = delimiter.join(records).split(delimiter)
+            return np.arange(len(records)), [cells[place::width] for place in range(width)]
+        rows = [_cut(record, self._dialect, width) for record in records]
+        regular = np.array([row for row, cells in enumerate(rows) if len(cells) == width], dtype=np.int64)
+        chosen = [rows[row] for row in regular.tolist()]
+        return regular, [list(cells) for cells in zip(*chosen)] if chosen else [[]] * width
 
     def _study(self) -> None:
         """Learn the usual spelling of each column from stretches of rows all over the file."""
@@ -277,6 +281,7 @@ class _Recipe:
     n: int
     size: int
     mark: bytes
+    rest: bytes
     dialect: Dialect
     open: bool
     start: str
@@ -287,6 +292,8 @@ class _Recipe:
     @classmethod
     def of(cls, form: TableForm, facts: Mapping[str, Any]) -> _Recipe:
         dialect = replace(form.dialect, **{str(name): str(value) for name, value in facts["dialect"].items()})
+        if not _STATELESS.fullmatch(codecs.lookup(dialect.encoding).name) and dialect.encoding != "latin-1":
+            raise DataError(f"head is damaged: expected an encoding, got {dialect.encoding!r}")
         if not _LINE_END.fullmatch(dialect.newline):
             raise DataError(f"head is damaged: expected the end of a line, got {dialect.newline!r}")
         columns = [*form.modelled, *form.given]
@@ -297,16 +304,17 @@ class _Recipe:
         absent = form.missing if facts["absent"] is None else tuple(map(str, facts["absent"]))
         spellings = [Spelling.from_dict(entry) for entry in entries]
         spellers = [Speller(None if i is None else columns[i], dialect, absent, s) for i, s in zip(wanted, spellings)]
-        start, end, mark = str(facts["start"]), str(facts["end"]), bytes.fromhex(facts["mark"])
+        mark, rest = bytes.fromhex(facts["mark"]), bytes.fromhex(facts["rest"])
+        start, end = str(facts["start"]), str(facts["end"])
         n, size = whole(facts["n"]), whole(facts["size"])
-        return cls(form, n, size, mark, dialect, bool(facts["open"]), start, end, wanted, spellers)
+        return cls(form, n, size, mark, rest, dialect, bool(facts["open"]), start, end, wanted, spellers)
 
 
 def _pieces(recipe: _Recipe, parts: Iterable[Part], first: int) -> Iterator[bytes]:
     """The bytes of the file, no more than it had."""
     left = recipe.size
     encoded = (_encode(text, recipe.dialect.encoding) for text in _texts(recipe, parts, first))
-    for piece in itertools.chain([recipe.mark], encoded):
+    for piece in itertools.chain([recipe.mark], encoded, [recipe.rest]):
         left -= len(piece)
         if left < 0:
             raise damaged(f"more than the {recipe.size} bytes of the original")
@@ -405,28 +413,36 @@ def _join(recipe: _Recipe, values: np.ndarray, side: bytes, last: bool) -> str:
 # Text and cells ---------------------------------------------------------------------------------------------------
 
 
-def _decode(content: bytes, encoding: str) -> tuple[bytes, str, str]:
-    """The byte order mark, an encoding whose text stands for exactly these bytes, and the text."""
+def _decode(content: bytes, encoding: str) -> tuple[bytes, str, str, bytes]:
+    """The byte order mark, an encoding whose text stands for exactly these bytes, the text, and a last odd byte."""
     name = codecs.lookup(encoding).name
     mark = next((mark for mark, of in _MARKS if content.startswith(mark) and of == name), b"")
     if name in ("utf-8-sig", "utf-16", "utf-32"):
         mark, name = next(((mark, of) for mark, of in _MARKS if content.startswith(mark)), (b"", "utf-8"))
-    body = content[len(mark) :]
+    stop = len(content)
+    if name.startswith("utf-16"):
+        stop -= (stop - len(mark)) % 2
+    body = content[len(mark) : stop]
     if _STATELESS.fullmatch(name):
         try:
-            text = body.decode(name, "surrogateescape")
-            if _encode(text, name) == body:
-                return mark, name, text
+            text = body.decode(name, _errors(name))
+            if text.encode(name, _errors(name)) == body:
+                return mark, name, text, content[stop:]
         except UnicodeError:
             pass
-    return mark, "latin-1", body.decode("latin-1")
+    return mark, "latin-1", content[len(mark) :].decode("latin-1"), b""
 
 
 def _encode(text: str, encoding: str) -> bytes:
     try:
-        return text.encode(encoding, "surrogateescape")
-    except (UnicodeError, LookupError):
+        return text.encode(encoding, _errors(encoding))
+    except UnicodeError:
         raise DataError(f"side information is damaged: its text has no place in {encoding}") from None
+
+
+def _errors(encoding: str) -> str:
+    """How bytes that are no text are held as text, so that they come back."""
+    return "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
 
 
 def _records(text: str, begin: np.ndarray, follow: np.ndarray, dialect: Dialect) -> np.ndarray:
@@ -447,21 +463,12 @@ def _skips(dialect: Dialect) -> bool:
     return dialect.blanks or dialect.delimiter == " "
 
 
-def _cut(records: Sequence[str], dialect: Dialect, width: int) -> list[list[str]]:
-    """The cells of each record, with the blanks and quotes around them; joined by the delimiter they are the record."""
-    delimiter = dialect.delimiter
-    if delimiter == " ":
-        return [_cut_one(record, dialect) for record in records]
-    rows = [record.split(delimiter) for record in records]
-    if set(map(len, rows)) == {width}:
-        return rows
-    for row, cells in enumerate(rows):
-        if len(cells) > width and '"' in records[row]:
-            rows[row] = _cut_one(records[row], dialect)
-    return rows
+def _cut(record: str, dialect: Dialect, width: int | None = None) -> list[str]:
+    """The cells of a record with the blanks and quotes around them: joined by the delimiter they are the record.
 
-
-def _cut_one(record: str, dialect: Dialect) -> list[str]:
+    Args:
+        width: number of cells that is expected; quotes are looked at only where it is not met.
+    """
     delimiter = dialect.delimiter
     d = re.escape(delimiter)
     if delimiter == " ":
@@ -471,16 +478,17 @@ def _cut_one(record: str, dialect: Dialect) -> list[str]:
         if cells and not behind.strip(" "):
             cells[-1] += behind
         return cells if delimiter.join(cells) == record else []
-    blanks = " *" if _skips(dialect) else ""
-    pattern = re.compile(rf'{blanks}"(?:[^"]|"")*"[^{d}]*|[^{d}]*')
-    cells, at = [], 0
-    while True:
-        match = pattern.match(record, at)
+    cells = record.split(delimiter)
+    if len(cells) == width or '"' not in record:
+        return cells
+    pattern = re.compile(rf'{" *" if _skips(dialect) else ""}"(?:[^"]|"")*"[^{d}]*|[^{d}]*')
+    cells, place = [], 0
+    while place <= len(record):
+        match = pattern.match(record, place)
         assert match is not None
         cells.append(match.group())
-        at = match.end() + 1
-        if at > len(record):
-            return cells
+        place = match.end() + 1
+    return cells
 
 
 @dataclass(frozen=True)

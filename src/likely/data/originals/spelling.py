@@ -112,7 +112,7 @@ class Style:
 def _plain(values: Sequence[float], least: int) -> list[str]:
     """The shortest digits that stand for each value, without an exponent, with at least so many decimals."""
     out = list(map(repr, values))
-    if any("e" in text for text in out):
+    if "e" in "".join(out):
         out = [_positional(text) if "e" in text else text for text in out]
     if least == 0:
         return [text[:-2] if text.endswith(".0") else text for text in out]
@@ -279,29 +279,30 @@ class Speller:
 
     # Reading ------------------------------------------------------------------------------------------------------
 
-    def value(self, text: str) -> float | None:
-        """What the model sees of a text; None where the schema refuses it."""
+    def values(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """What the model sees of some texts, and which of them the schema allows; the others are 0."""
+        column = self.column
+        assert column is not None
+        found = [self._value(text.removesuffix(self._strip)) for text in texts]
+        allowed = np.array([value is not None for value in found], dtype=bool)
+        values = np.array([0.0 if value is None else value for value in found], dtype=np.float64)
+        absent = np.isnan(values)
+        allowed &= np.where(absent, column.missing, on_grid(column, values))
+        return snap(column, np.where(allowed, values, 0.0)), allowed
+
+    def _value(self, text: str) -> float | None:
+        """The value of a text, on the grid or not; NaN is missing, None is nothing that the column knows."""
         column, encoder = self.column, self._encoder
         assert column is not None and encoder is not None
-        text = text.removesuffix(self._strip)
         bare = text.strip()
-        value: float | None
         if column.coded:
-            value = encoder.code(text)
-            if value is None:
-                value = self._fold(bare)
-        elif column.format is not None:
-            value = math.nan if bare in self._absent else _moment(bare)
-        elif self._pattern.fullmatch(bare):
-            value = float(bare.replace(",", ".") if self._comma else bare)
-        else:
-            value = math.nan if bare in self._absent else None
-        if value is None:
-            return None
-        if math.isnan(value):
-            return value if column.missing else None
-        found = np.array([value])
-        return float(snap(column, found)[0]) if on_grid(column, found)[0] else None
+            code = encoder.code(text)
+            return self._fold(bare) if code is None else code
+        if column.format is not None:
+            return math.nan if bare in self._absent else _moment(bare)
+        if self._pattern.fullmatch(bare):
+            return float(bare.replace(",", ".") if self._comma else bare)
+        return math.nan if bare in self._absent else None
 
     def _fold(self, bare: str) -> float | None:
         """The category that an unknown spelling stands for but for its case and full stops at its end."""
@@ -320,31 +321,37 @@ class Speller:
         if len(self._values) > _KNOWN or len(self._odd) > _KNOWN:
             self._values, self._odd = {}, {}
         known, odd = self._values, self._odd
-        new = [cell for cell in dict.fromkeys(cells) if cell not in known and cell not in odd]
+        values = list(map(known.get, cells))
+        unknown = [row for row, value in enumerate(values) if value is None] if None in values else []
+        new = [cell for cell in dict.fromkeys(map(cells.__getitem__, unknown)) if cell not in odd]
         if new:
             self._learn(new)
-        values = list(map(known.get, cells))
-        places = [row for row, value in enumerate(values) if value is None] if odd else []
-        styles = np.full(len(places), -1, np.int64)
-        for i, row in enumerate(places):
-            values[row], styles[i] = odd[cells[row]]
-        return np.array(values, dtype=np.float64), np.array(places, dtype=np.int64), styles
+        places, styles = [], []
+        for row in unknown:
+            values[row] = value = known.get(cells[row])
+            if value is None:
+                values[row], style = odd[cells[row]]
+                places.append(row)
+                styles.append(style)
+        return np.array(values, dtype=np.float64), np.array(places, dtype=np.int64), np.array(styles, dtype=np.int64)
 
     def _learn(self, cells: list[str]) -> None:
-        for cell in self._learn_numbers(cells):
-            value = self.value(undress(cell)[0])
-            if value is None:
+        cells = self._learn_numbers(cells)
+        values, allowed = self.values([undress(cell)[0] for cell in cells])
+        left = []
+        for cell, value, allow, usual in zip(cells, values.tolist(), allowed.tolist(), self.write(values)):
+            if not allow:
                 self._odd[cell] = (self.placeholder, -1)
-                continue
-            style = next((s for s in range(self._ways(value)) if self._one(value, s) == cell), -1)
-            if style == 0:
+            elif cell == usual:
                 self._values[cell] = value
             else:
-                self._odd[cell] = (value, style)
-
-    def _ways(self, value: float) -> int:
-        assert self.column is not None
-        return 1 if self.column.coded or math.isnan(value) else len(self.spelling.styles)
+                self._odd[cell] = (value, -1)
+                left.append((cell, value))
+        if self.coded or not left:
+            return
+        for style in range(len(self.spelling.styles) - 1, 0, -1):
+            shown = self.write_styled(np.array([value for _, value in left]), np.full(len(left), style))
+            self._odd.update((cell, (value, style)) for (cell, value), text in zip(left, shown) if cell == text)
 
     def _learn_numbers(self, cells: list[str]) -> list[str]:
         """Take in many plain numbers at once; the cells that are left."""
@@ -395,14 +402,15 @@ class Speller:
         return out
 
     def write_styled(self, values: np.ndarray, styles: np.ndarray) -> list[str]:
-        """Values as cells, each in a style of its own."""
-        return [self._one(value, style) for value, style in zip(values.tolist(), styles.tolist())]
-
-    def _one(self, value: float, style: int) -> str:
+        """Numbers as cells, each in a style of its own."""
         assert self.column is not None
-        if self.column.coded or math.isnan(value):
-            return self.write(np.array([value]))[0]
-        return self._number([float(snap(self.column, np.array([value]))[0])], style)[0]
+        out = self.write(values)
+        values = snap(self.column, values)
+        for style in np.unique(styles).tolist():
+            rows = np.flatnonzero((styles == style) & ~np.isnan(values)).tolist()
+            for row, text in zip(rows, self._number(values[rows].tolist(), style)):
+                out[row] = text
+        return out
 
     def _number(self, values: Sequence[float], style: int) -> list[str]:
         column = self.column
@@ -437,28 +445,28 @@ class Speller:
         self._study_dress(sample, undressed)
         if self.column is None:
             return
-        texts: Counter[str] = Counter()
+        often: Counter[str] = Counter()
         for cell, count in sample.items():
-            texts[undressed[cell][0]] += count
+            often[undressed[cell][0]] += count
+        texts = list(often)
+        if not self.coded:
+            texts = texts[:: 1 + len(texts) // _SAMPLED]
+        values, allowed = self.values(texts)
         by_value: dict[float, Counter[str]] = {}
         absent: Counter[str] = Counter()
-        for text, count in texts.items():
-            value = self.value(text)
-            if value is not None and math.isnan(value):
-                absent[text] += count
-            elif value is not None:
-                by_value.setdefault(value, Counter())[text] += count
-            elif text.removesuffix(self._strip).strip() in self._absent:
-                absent[text] += count
+        for text, value, allow in zip(texts, values.tolist(), allowed.tolist()):
+            if math.isnan(value) or (not allow and text.removesuffix(self._strip).strip() in self._absent):
+                absent[text] += often[text]
+            elif allow:
+                by_value.setdefault(value, Counter())[text] += often[text]
         if absent:
             self.spelling.missing = absent.most_common(1)[0][0]
-        if self.column.coded:
+        if self.coded:
             categories = self.column.categories or ()
             usual = {int(code): spelled.most_common(1)[0][0] for code, spelled in by_value.items()}
             self.spelling.words = {code: text for code, text in sorted(usual.items()) if text != categories[code]}
         else:
-            found = [(text, value) for value, spelled in by_value.items() for text in spelled]
-            self._study_numbers(found[:: 1 + len(found) // _SAMPLED], texts)
+            self._study_numbers([(text, value) for value, spelled in by_value.items() for text in spelled], often)
         totals = {value: spelled.total() for value, spelled in by_value.items()}
         self.usual = max(totals, key=totals.__getitem__) if totals else 0.0
         self.placeholder = math.nan if self.column.missing else self.usual
