@@ -12,7 +12,6 @@ import traceback
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Literal
@@ -91,7 +90,8 @@ class _Map:
         self._outcomes: dict[int, Outcome] = {}
         self._changed = threading.Condition()
         self._over = False
-        self._drawn = 0  # arguments taken from their iterable
+        self._drawn = 0  # arguments taken from their iterable, and its error if it had one
+        self._tasks = 0
 
     def run(self) -> Iterator[Any]:
         processes: list[SpawnProcess] = []
@@ -102,7 +102,7 @@ class _Map:
             with _one_thread():
                 while True:
                     self._draw(given + AHEAD * self._workers)
-                    while len(processes) < min(self._workers - 1, self._drawn - 1):
+                    while len(processes) < min(self._workers - 1, self._tasks - 1):
                         processes.append(self._start(threads))
                     if given == self._drawn:
                         return
@@ -161,6 +161,7 @@ class _Map:
                 self._waiting.append((self._drawn, argument))
                 self._changed.notify()
             self._drawn += 1
+            self._tasks += 1
 
     def _start(self, threads: list[threading.Thread]) -> SpawnProcess:
         ours, theirs = multiprocessing.Pipe()
@@ -248,10 +249,12 @@ def _sober_start() -> Iterator[None]:
     """
     main = sys.modules["__main__"]
     before = {name: os.environ.get(name) for name in _THREADS}
-    resource_tracker.ensure_running()  # it would end the blocking of signals below
     mask = None
     try:
         if hasattr(signal, "pthread_sigmask"):
+            from multiprocessing import resource_tracker
+
+            resource_tracker.ensure_running()  # its own start would end the blocking of the signal
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited
         sys.modules["__main__"] = types.ModuleType("__main__")
         os.environ.update(dict.fromkeys(_THREADS, "1"))

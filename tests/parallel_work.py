@@ -1,0 +1,55 @@
+"""What the tests of the parallel map let their workers do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from likely.coding.errors import Damaged, TooLarge
+
+
+def in_a_worker() -> bool:
+    return multiprocessing.parent_process() is not None
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def build(state: bytes) -> dict[str, Any]:
+    import torch
+
+    return {"text": state.decode(), "threads": torch.get_num_threads(), "process": os.getpid(), "built": time.time_ns()}
+
+
+def place(built: dict[str, Any], argument: int) -> tuple[int, dict[str, Any]]:
+    """The argument and what was built, later arguments sooner."""
+    time.sleep(0.01 * (5 - argument % 6))
+    return argument, built
+
+
+def misbehave(argument: str) -> Any:
+    """In a worker: raise, die or return what cannot be sent; elsewhere do nothing for a while."""
+    if not in_a_worker():
+        time.sleep(0.05)
+    elif argument == "raise":
+        raise TooLarge("rows", 2, 1, "max_output")
+    elif argument == "die":
+        os._exit(3)
+    elif argument == "lambda":
+        return lambda: None
+    return argument
+
+
+def damaged_source() -> Iterator[int]:
+    yield 3
+    raise Damaged("cut short")
+
+
+def sleep(seconds: float) -> None:
+    if in_a_worker():
+        print(os.getpid(), flush=True)
+    time.sleep(seconds)

@@ -1,0 +1,118 @@
+"""The parallel map: order, errors, state built once, arguments drawn lazily, and nothing left after any end."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import parallel_work as work
+from likely.coding.errors import Damaged, TooLarge
+from likely.coding.parallel import AHEAD, map_chunks
+
+SCRIPT = """
+import multiprocessing, sys
+from likely.coding.parallel import map_chunks
+from parallel_work import sleep
+
+try:  # without a guard against being imported anew by the workers, as many users' scripts are
+    list(map_chunks(sleep, [60.0] * 4, 2))
+except KeyboardInterrupt:
+    print("interrupted,", len(multiprocessing.active_children()), "left", flush=True)
+    sys.exit(130)
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    yield
+    assert multiprocessing.active_children() == []
+
+
+def test_one_worker_is_a_plain_map() -> None:
+    assert list(map_chunks(work.square, range(5), 1)) == [0, 1, 4, 9, 16]
+    assert list(map_chunks(work.square, [], 2)) == []
+    assert list(map_chunks(work.square, [3], 2)) == [9]
+    with pytest.raises(ValueError, match="workers: expected at least 1, got 0"):
+        map_chunks(work.square, [1], 0)
+
+
+def test_order_state_threads_and_arguments() -> None:
+    drawn = 0
+
+    def source() -> Iterator[int]:
+        nonlocal drawn
+        for drawn in itertools.count(1):
+            yield drawn - 1
+
+    found: dict[int, dict] = {}
+    torch.set_num_threads(2)
+    try:
+        results = map_chunks(work.place, source(), 3, build=work.build, state=b"state")
+        for expected, (argument, built) in enumerate(results):
+            assert argument == expected
+            assert drawn <= expected + 1 + 3 * AHEAD
+            assert found.setdefault(built["process"], built) == built  # built once
+            if len(found) == 3:
+                break
+        results.close()  # type: ignore[attr-defined]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert os.getpid() in found
+    assert {(built["text"], built["threads"]) for built in found.values()} == {("state", 1)}
+
+
+def test_an_error_of_a_worker_comes_as_it_is() -> None:
+    with pytest.raises(TooLarge, match=r"rows: expected at most 1, got 2; .*max_output") as caught:
+        list(map_chunks(work.misbehave, itertools.repeat("raise"), 2))
+    assert caught.value.limit == 1
+    assert any("in misbehave" in note for note in caught.value.__notes__)
+
+
+def test_an_error_of_the_arguments_comes_in_its_turn() -> None:
+    results = map_chunks(work.square, work.damaged_source(), 2)
+    assert next(results) == 9
+    with pytest.raises(Damaged, match="cut short"):
+        next(results)
+
+
+@pytest.mark.parametrize(("what", "message"), [("die", "a worker process died"), ("lambda", "cannot send <function")])
+def test_a_worker_that_gives_no_result(what: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        list(map_chunks(work.misbehave, itertools.repeat(what), 2))
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
+def test_ctrl_c_ends_everything_quietly(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers
+        output, complaints = process.communicate(timeout=20)
+    assert (process.returncode, output, complaints) == (130, "interrupted, 0 left\n", "")
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    pytest.fail("a worker outlived its parent")
