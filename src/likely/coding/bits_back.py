@@ -7,7 +7,9 @@ Townsend, Bird & Barber 2019, arXiv:1901.04866):
     push x   by p(x | z)   costs       −log2 p(x | z)
     push z   by p(z)       costs       −log2 p(z)
 
-so that x costs the negative evidence lower bound.  The decoder runs the moves backwards.
+so that x costs the negative evidence lower bound.  The decoder runs the moves backwards.  The bound holds if z is a
+fair draw, but bits on the stack are not fair where the model errs (earlier z were coded by a prior that is not quite
+their law): posteriors pop *stirred* bits.
 
 The first pop needs bits that nobody has earned yet.  With batches of fixed size that is a batch's worth of posterior;
 :class:`Schedule` lets the batch grow with the rows already coded, so that it is one row's worth, and opens the coder's
@@ -52,14 +54,18 @@ class BitsBack:
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
 
     def push(self, stack: Stack, symbols: Symbols) -> None:
-        z = self.posterior(symbols).pop(stack)
+        posterior = self.posterior(symbols)
+        with stack.stirred():
+            z = posterior.pop(stack)
         self.likelihood(z).push(stack, symbols)
         self.prior.push(stack, z)
 
     def pop(self, stack: Stack) -> Symbols:
         z = self.prior.pop(stack)
         x = self.likelihood(z).pop(stack)
-        self.posterior(x).push(stack, z)
+        posterior = self.posterior(x)
+        with stack.stirred():
+            posterior.push(stack, z)
         return x
 
 

@@ -17,7 +17,8 @@ stack of 32-bit words.  All lanes move at once, so that NumPy does the work.  Ev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,6 +43,11 @@ MAX_PRECISION = 32
 #: Symbols that are prepared at once: as many as a small processor's cache holds with their buffers.
 _BLOCK = 8192
 
+#: Odd, hence invertible modulo 2^32, and its inverse.
+STIR = 0x85EBCA6B
+UNSTIR = pow(STIR, -1, 1 << 32)
+
+_STIR, _UNSTIR, _16 = np.uint32(STIR), np.uint32(UNSTIR), np.uint32(16)
 _ONE = np.uint64(1)
 _32 = np.uint64(32)
 _OPEN = np.uint64(1 << 32)
@@ -95,6 +101,7 @@ class Stack:
     def __init__(self, lanes: int = 1, words: ArrayLike = (), supply: Supply | None = initial_words) -> None:
         self.bits = 0.0
         self.supplied = 0
+        self._stirring = False
         self.supply = supply
         self._words: Words = np.array(words, dtype=np.uint32)
         self._top = len(self._words)
@@ -132,6 +139,8 @@ class Stack:
                 spare *= others[part]
                 h += spare
                 h += s[part]
+                if self._stirring:
+                    self._unstir(h)
 
     def pop(self, n: int, precision: int, find: Find) -> Integers:
         """Decode ``n`` symbols; of random bits, draw them.
@@ -153,6 +162,8 @@ class Stack:
         for block in self._blocks(n):
             for step in self._steps(block.stop - block.start):
                 h, residues, flags = self._views(step)
+                if self._stirring:
+                    self._stir(h)
                 np.bitwise_and(h, mask, out=residues)
                 part = slice(block.start + step.start, block.start + step.stop)
                 symbols[part], start, freq = find(part, residues)
@@ -197,6 +208,8 @@ class Stack:
                 h *= r[part]
                 h += v[part]
                 self._refill(h, np.less(h, _OPEN, out=flags))
+                if self._stirring:
+                    self._unstir(h)
 
     def pop_uniform(self, sizes: ArrayLike, n: int | None = None) -> Integers:
         """Decode what :meth:`push_uniform` coded.
@@ -214,6 +227,8 @@ class Stack:
             most, v = k * r, values[block]
             for part in self._steps(block.stop - block.start):
                 h, spare, flags = self._views(part)
+                if self._stirring:
+                    self._stir(h)
                 np.right_shift(h, _32, out=spare)
                 self._emit(h, np.greater_equal(spare, most[part], out=flags))
                 np.floor_divide(h, r[part], out=spare)
@@ -269,6 +284,40 @@ class Stack:
             self._heads = self._heads[:lanes].copy()
         self._spare = np.empty_like(self._heads)
         self._flags = np.empty(self.lanes, bool)
+
+    # ----------------------------------------------------------------------------------------------------- fair draws
+
+    @contextmanager
+    def stirred(self) -> Iterator[None]:
+        """Within this, pops draw from fair bits, and pushes undo such pops.
+
+        What was pushed last is fair only if it followed the law that it was coded by: a symbol's place in its range is
+        the residue that the next pop looks at.  Where pops are meant to draw (bits-back), every head's low word first
+        goes through a one-to-one function that makes any pattern look random.  It costs no bits.
+        """
+        before, self._stirring = self._stirring, True
+        try:
+            yield
+        finally:
+            self._stirring = before
+
+    @staticmethod
+    def _stir(heads: Unsigned) -> None:
+        low = heads.astype(np.uint32)
+        heads ^= low
+        low ^= low >> _16
+        low *= _STIR
+        low ^= low >> _16
+        heads |= low
+
+    @staticmethod
+    def _unstir(heads: Unsigned) -> None:
+        low = heads.astype(np.uint32)
+        heads ^= low
+        low ^= low >> _16
+        low *= _UNSTIR
+        low ^= low >> _16
+        heads |= low
 
     # -------------------------------------------------------------------------------------------------------- words
 
@@ -332,6 +381,7 @@ class Stack:
         """The stack with this :meth:`state`."""
         stack = cls.__new__(cls)
         stack.bits, stack.supplied, stack.supply = bits, supplied, supply
+        stack._stirring = False
         stack._words, stack._top = words.copy(), len(words)
         stack._heads = heads.copy()
         stack._spare, stack._flags = np.empty_like(heads), np.empty(len(heads), bool)

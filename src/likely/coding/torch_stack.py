@@ -8,7 +8,8 @@ flagged lanes gives, and the host only keeps bounds of the top, so that it looks
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from likely.coding.errors import Damaged
-from likely.coding.stack import MAX_PRECISION, Stack, Supply, Words, initial_words
+from likely.coding.stack import MAX_PRECISION, STIR, UNSTIR, Stack, Supply, Words, initial_words
 
 #: As ``stack.Find``, on tensors: residues are int64 in [0, 2^P).
 TorchFind: TypeAlias = Callable[[slice, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -50,6 +51,7 @@ class TorchStack:
         device: torch.device | str = "cpu",
     ) -> None:
         self.device = torch.device(device)
+        self._stirring = False
         self._load(Stack(lanes, words, supply))
 
     @classmethod
@@ -59,6 +61,7 @@ class TorchStack:
         """The stack that :meth:`to_words` wrote, here or in NumPy."""
         stack = cls.__new__(cls)
         stack.device = torch.device(device)
+        stack._stirring = False
         stack._load(Stack.from_words(words, lanes, supply))
         return stack
 
@@ -77,6 +80,8 @@ class TorchStack:
             h = self._heads[: part.stop - part.start]
             self._emit(h, _shift_right(h, 64 - precision) >= f[part])
             h += _divide(h, f[part]) * others[part] + s[part]
+            if self._stirring:
+                _stir(h, UNSTIR)
         self._bits += len(s) * precision - f.double().log2().sum()
 
     def pop(self, n: int, precision: int, find: TorchFind) -> Tensor:
@@ -85,6 +90,8 @@ class TorchStack:
         symbols = torch.empty(n, dtype=torch.int64, device=self.device)
         for part in self._steps(n):
             h = self._heads[: part.stop - part.start]
+            if self._stirring:
+                _stir(h, STIR)
             residues = h & ((1 << precision) - 1)
             symbols[part], start, freq = find(part, residues)
             h[:] = _shift_right(h, precision) * freq + (residues - start)
@@ -108,6 +115,8 @@ class TorchStack:
             h *= r[part]
             h += v[part]
             self._refill(h, _shift_right(h, 32) == 0)
+            if self._stirring:
+                _stir(h, UNSTIR)
         self._bits += r.double().log2().sum()
         self._check_dry()
 
@@ -121,6 +130,8 @@ class TorchStack:
         values = torch.empty(r.shape, dtype=torch.int64, device=self.device)
         for part in self._steps(len(r)):
             h = self._heads[: part.stop - part.start]
+            if self._stirring:
+                _stir(h, STIR)
             self._emit(h, _shift_right(h, 32) >= most[part])
             quotient = _divide(h, r[part])
             values[part] = h - quotient * r[part]
@@ -153,6 +164,15 @@ class TorchStack:
             stack = self.to_stack()
             stack.resize(lanes)
             self._load(stack)
+
+    @contextmanager
+    def stirred(self) -> Iterator[None]:
+        """Within this, pops draw from fair bits, and pushes undo such pops."""
+        before, self._stirring = self._stirring, True
+        try:
+            yield
+        finally:
+            self._stirring = before
 
     def to_words(self) -> Words:
         """The message as it is stored: the same words as from NumPy."""
@@ -250,6 +270,14 @@ def _divide(x: Tensor, divisor: Tensor) -> Tensor:
     """⌊x / divisor⌋ of int64 x as if unsigned, 1 ≤ divisor ≤ 2^32."""
     quotient = torch.div(_shift_right(x, 1), divisor, rounding_mode="trunc") << 1
     return quotient + (x - quotient * divisor >= divisor)
+
+
+def _stir(heads: Tensor, multiplier: int) -> None:
+    """Make the low words look random, or undo it with the inverse multiplier; in place."""
+    low = heads & _LOW
+    heads ^= low
+    low = (low ^ (low >> 16)) * multiplier & _LOW
+    heads |= low ^ (low >> 16)
 
 
 def _check_precision(precision: int) -> None:
