@@ -43,11 +43,13 @@ MAX_PRECISION = 32
 #: Symbols that are prepared at once: as many as a small processor's cache holds with their buffers.
 _BLOCK = 8192
 
+#: Low bits that pops stir, at least.
+STIRRED = 24
 #: Odd, hence invertible modulo 2^32, and its inverse.
 STIR = 0x85EBCA6B
 UNSTIR = pow(STIR, -1, 1 << 32)
 
-_STIR, _UNSTIR, _16 = np.uint32(STIR), np.uint32(UNSTIR), np.uint32(16)
+_STIR, _UNSTIR, _16 = np.uint64(STIR), np.uint64(UNSTIR), np.uint64(16)
 _ONE = np.uint64(1)
 _32 = np.uint64(32)
 _OPEN = np.uint64(1 << 32)
@@ -140,7 +142,7 @@ class Stack:
                 h += spare
                 h += s[part]
                 if self._stirring:
-                    self._unstir(h)
+                    self._stir(h, precision, _UNSTIR)
 
     def pop(self, n: int, precision: int, find: Find) -> Integers:
         """Decode ``n`` symbols; of random bits, draw them.
@@ -163,7 +165,7 @@ class Stack:
             for step in self._steps(block.stop - block.start):
                 h, residues, flags = self._views(step)
                 if self._stirring:
-                    self._stir(h)
+                    self._stir(h, precision)
                 np.bitwise_and(h, mask, out=residues)
                 part = slice(block.start + step.start, block.start + step.stop)
                 symbols[part], start, freq = find(part, residues)
@@ -209,7 +211,7 @@ class Stack:
                 h += v[part]
                 self._refill(h, np.less(h, _OPEN, out=flags))
                 if self._stirring:
-                    self._unstir(h)
+                    self._stir(h, multiplier=_UNSTIR)
 
     def pop_uniform(self, sizes: ArrayLike, n: int | None = None) -> Integers:
         """Decode what :meth:`push_uniform` coded.
@@ -292,8 +294,9 @@ class Stack:
         """Within this, pops draw from fair bits, and pushes undo such pops.
 
         What was pushed last is fair only if it followed the law that it was coded by: a symbol's place in its range is
-        the residue that the next pop looks at.  Where pops are meant to draw (bits-back), every head's low word first
-        goes through a one-to-one function that makes any pattern look random.  It costs no bits.
+        the residue that the next pop looks at.  Where pops are meant to draw (bits-back), the low bits of every head
+        first go through a one-to-one function that makes any pattern look random: 24 of them, or P if that is more.
+        (Not all 32: a head's law is 1/h, and to spread its upper bits evenly costs 0.0024 bits a symbol.)
         """
         before, self._stirring = self._stirring, True
         try:
@@ -302,20 +305,13 @@ class Stack:
             self._stirring = before
 
     @staticmethod
-    def _stir(heads: Unsigned) -> None:
-        low = heads.astype(np.uint32)
+    def _stir(heads: Unsigned, precision: int = 0, multiplier: np.uint64 = _STIR) -> None:
+        mask = np.uint64((1 << max(precision, STIRRED)) - 1)
+        low = heads & mask
         heads ^= low
         low ^= low >> _16
-        low *= _STIR
-        low ^= low >> _16
-        heads |= low
-
-    @staticmethod
-    def _unstir(heads: Unsigned) -> None:
-        low = heads.astype(np.uint32)
-        heads ^= low
-        low ^= low >> _16
-        low *= _UNSTIR
+        low *= multiplier
+        low &= mask
         low ^= low >> _16
         heads |= low
 

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from likely.coding.errors import Damaged
-from likely.coding.stack import MAX_PRECISION, STIR, UNSTIR, Stack, Supply, Words, initial_words
+from likely.coding.stack import MAX_PRECISION, STIR, STIRRED, UNSTIR, Stack, Supply, Words, initial_words
 
 #: As ``stack.Find``, on tensors: residues are int64 in [0, 2^P).
 TorchFind: TypeAlias = Callable[[slice, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -81,7 +81,7 @@ class TorchStack:
             self._emit(h, _shift_right(h, 64 - precision) >= f[part])
             h += _divide(h, f[part]) * others[part] + s[part]
             if self._stirring:
-                _stir(h, UNSTIR)
+                _stir(h, UNSTIR, precision)
         self._bits += len(s) * precision - f.double().log2().sum()
 
     def pop(self, n: int, precision: int, find: TorchFind) -> Tensor:
@@ -91,7 +91,7 @@ class TorchStack:
         for part in self._steps(n):
             h = self._heads[: part.stop - part.start]
             if self._stirring:
-                _stir(h, STIR)
+                _stir(h, STIR, precision)
             residues = h & ((1 << precision) - 1)
             symbols[part], start, freq = find(part, residues)
             h[:] = _shift_right(h, precision) * freq + (residues - start)
@@ -272,11 +272,12 @@ def _divide(x: Tensor, divisor: Tensor) -> Tensor:
     return quotient + (x - quotient * divisor >= divisor)
 
 
-def _stir(heads: Tensor, multiplier: int) -> None:
-    """Make the low words look random, or undo it with the inverse multiplier; in place."""
-    low = heads & _LOW
+def _stir(heads: Tensor, multiplier: int, precision: int = 0) -> None:
+    """Make the low bits look random, or undo it with the inverse multiplier; in place."""
+    mask = (1 << max(precision, STIRRED)) - 1
+    low = heads & mask
     heads ^= low
-    low = (low ^ (low >> 16)) * multiplier & _LOW
+    low = (low ^ (low >> 16)) * multiplier & mask
     heads |= low ^ (low >> 16)
 
 
