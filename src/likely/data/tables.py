@@ -663,7 +663,7 @@ def series_cells(series: pd.Series, name: str, where: Where, files: bool = False
 
     dtype: Any = series.dtype
     if isinstance(dtype, pd.CategoricalDtype):
-        keys = [_key(value) for value in dtype.categories]
+        keys = [category_key(value) for value in dtype.categories]
         found: list[str | None] = [None if code < 0 else keys[code] for code in series.cat.codes]
         kind = str(dtype.categories.dtype)
         return KeyCells(found, f"category:{kind}", tuple(keys), bool(dtype.ordered))
@@ -718,7 +718,8 @@ def _object_cells(values: np.ndarray, absent: np.ndarray, dtype: str, name: str,
     )
 
 
-def _key(value: Any) -> str:
+def category_key(value: Any) -> str:
+    """The spelling of a value of a pandas column as one of a column's categories."""
     if isinstance(value, (float, np.floating)):
         return spell(float(value))
     return str(value)

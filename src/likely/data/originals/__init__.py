@@ -8,6 +8,7 @@ from typing import Any
 
 from likely.data.errors import DataError
 from likely.data.originals.delimited import CsvOriginal, restore_csv
+from likely.data.originals.frames import FrameOriginal, RestoredFrame
 from likely.data.originals.original import Legal, Original, Part, Restored, Rows, intact
 from likely.data.schema import Schema, reading
 from likely.data.tables import TableForm
@@ -20,10 +21,14 @@ def take_apart(schema: Schema, source: Any, *, format: str | None = None, **opti
     with reading(source, format) as found:
         if isinstance(schema.form, TableForm) and found.kind == "csv":
             return CsvOriginal(schema.form, found, options)
+        if isinstance(schema.form, TableForm):
+            return FrameOriginal(schema.form, found, options)
     raise DataError("no")
 
 
 def restore(schema: Schema, head: bytes, parts: Iterable[Part], *, first: int = 0) -> Restored:
     with intact("head"):
         facts = json.loads(head)
+        if facts["media"] in ("parquet", "dataframe"):
+            return RestoredFrame(schema.form, facts, parts, first)
     return restore_csv(schema.form, facts, parts, first)

@@ -146,6 +146,11 @@ class Reader:
         """Whether all was read."""
         return self._at == len(self._content)
 
+    @property
+    def left(self) -> int:
+        """Bytes that are still to be read."""
+        return len(self._content) - self._at
+
     def raw(self, size: int) -> bytes:
         """The next ``size`` bytes."""
         if size > len(self._content) - self._at:
