@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -257,6 +258,39 @@ def test_neighbouring_draws_are_independent():
     assert stats.chisquare(np.bincount(x, minlength=6)).pvalue > 1e-3
 
 
+def test_stirred_pops_are_undone_by_stirred_pushes_and_cost_nothing():
+    rng = np.random.default_rng(14)
+    edges = random_edges(rng, 16, 50)
+    sizes = (2.0 ** rng.uniform(0, 32, 30_000)).astype(np.int64)
+    stack = Stack(32, random_words(rng, 60_000), supply=None)
+    before, size = stack.to_words(), stack.size_bits
+    with stack.stirred():
+        x = stack.pop(30_000, 16, finder(edges))
+        u = stack.pop_uniform(sizes)
+    assert size - stack.size_bits == pytest.approx(-stack.bits, rel=1e-4)
+    expected = 30_000 * np.diff(edges) / 2**16
+    counts, many = np.bincount(x, minlength=50), expected > 5
+    assert stats.chisquare([*counts[many], counts[~many].sum()], [*expected[many], expected[~many].sum()]).pvalue > 1e-3
+    with stack.stirred():
+        stack.push_uniform(u, sizes)
+        stack.push(edges[x], np.diff(edges)[x], 16)
+    assert np.array_equal(stack.to_words(), before)
+
+
+def test_stirred_pops_are_fair_on_top_of_what_was_coded_by_a_wrong_law():
+    rng = np.random.default_rng(15)
+    x = np.where(rng.random(100_000) < 0.7, 0, rng.integers(0, 16, 100_000))  # coded as if uniform over 16 symbols
+    pvalues = []
+    for stir in (True, False):
+        stack = Stack(50)
+        stack.push(x << 20, np.full(len(x), 1 << 20), 24)
+        with stack.stirred() if stir else ExitStack():
+            drawn = stack.pop(10_000, 24, finder(np.arange(11) * (1 << 24) // 10))
+        pvalues.append(stats.chisquare(np.bincount(drawn, minlength=10)).pvalue)
+    assert pvalues[0] > 1e-3
+    assert pvalues[1] < 1e-9
+
+
 def test_an_encoder_that_runs_dry_borrows_and_says_how_much():
     stack = Stack(2)
     assert stack.supplied == 2
@@ -367,37 +401,47 @@ def test_composed_codecs_round_trip_and_their_lengths_add():
 # ---------------------------------------------------------------------------------------------------- the torch twin
 
 
-def test_the_stack_on_tensors_writes_the_same_bytes():
+@pytest.mark.parametrize("stir", [False, True])
+def test_the_stack_on_tensors_writes_the_same_bytes(stir):
     rng = np.random.default_rng(12)
     for _ in range(40):
         lanes = int(rng.integers(1, 40))
         ours, twin = Stack(lanes), TorchStack(lanes)
-        for _ in range(10):
-            n, precision = int(rng.choice([0, 1, lanes - 1, lanes, 3 * lanes + 1])), int(rng.integers(1, 33))
-            edges = random_edges(rng, precision, int(rng.integers(1, 20)))
-            x = rng.integers(0, len(edges) - 1, n)
-            sizes = (2.0 ** rng.uniform(0, 32, n)).astype(np.int64)
-            sizes[sizes < 2] = 2**32
-            kind = rng.integers(0, 5)
-            if kind == 0:
-                ours.push(edges[x], np.diff(edges)[x], precision)
-                twin.push(edges[x], np.diff(edges)[x], precision)
-            elif kind == 1:
-                drawn = twin.pop(n, precision, torch_finder(edges)).numpy()
-                assert np.array_equal(ours.pop(n, precision, finder(edges)), drawn)
-            elif kind == 2:
-                values = rng.integers(0, sizes)
-                ours.push_uniform(values, sizes)
-                twin.push_uniform(torch.from_numpy(values), torch.from_numpy(sizes))
-            elif kind == 3:
-                assert np.array_equal(ours.pop_uniform(sizes), twin.pop_uniform(sizes).numpy())
-            else:
-                lanes += int(rng.integers(0, 5))
-                ours.resize(lanes)
-                twin.resize(lanes)
-            assert ours.supplied == twin.supplied
-            assert ours.bits == pytest.approx(twin.bits, abs=1e-6)
-            assert np.array_equal(ours.to_words(), twin.to_words())
+        with ExitStack() as both:
+            if stir:
+                both.enter_context(ours.stirred())
+                both.enter_context(twin.stirred())
+            same_bytes(rng, ours, twin)
+
+
+def same_bytes(rng, ours, twin):
+    lanes = ours.lanes
+    for _ in range(10):
+        n, precision = int(rng.choice([0, 1, lanes - 1, lanes, 3 * lanes + 1])), int(rng.integers(1, 33))
+        edges = random_edges(rng, precision, int(rng.integers(1, 20)))
+        x = rng.integers(0, len(edges) - 1, n)
+        sizes = (2.0 ** rng.uniform(0, 32, n)).astype(np.int64)
+        sizes[sizes < 2] = 2**32
+        kind = rng.integers(0, 5)
+        if kind == 0:
+            ours.push(edges[x], np.diff(edges)[x], precision)
+            twin.push(edges[x], np.diff(edges)[x], precision)
+        elif kind == 1:
+            drawn = twin.pop(n, precision, torch_finder(edges)).numpy()
+            assert np.array_equal(ours.pop(n, precision, finder(edges)), drawn)
+        elif kind == 2:
+            values = rng.integers(0, sizes)
+            ours.push_uniform(values, sizes)
+            twin.push_uniform(torch.from_numpy(values), torch.from_numpy(sizes))
+        elif kind == 3:
+            assert np.array_equal(ours.pop_uniform(sizes), twin.pop_uniform(sizes).numpy())
+        else:
+            lanes += int(rng.integers(0, 5))
+            ours.resize(lanes)
+            twin.resize(lanes)
+        assert ours.supplied == twin.supplied
+        assert ours.bits == pytest.approx(twin.bits, abs=1e-6)
+        assert np.array_equal(ours.to_words(), twin.to_words())
 
 
 def test_the_stack_on_tensors_keeps_its_buffer_and_its_errors():
