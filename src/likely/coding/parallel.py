@@ -189,7 +189,8 @@ class _Map:
                     connection.send(argument)
                     outcome: Outcome = connection.recv()
                 except (EOFError, OSError):
-                    outcome = ("error", RuntimeError("a worker process died, perhaps for want of memory: use fewer"))
+                    message = "a worker process died without an answer, perhaps for want of memory; use fewer workers"
+                    outcome = ("error", RuntimeError(message))
                 except Exception as error:  # what cannot be sent to another process
                     outcome = ("error", error)
                 with self._changed:
