@@ -140,6 +140,19 @@ class ArrayForm:
 
     def read(self, source: Source, cache: Path | None = None, limit: int | None = None, **options: Any) -> Dataset:
         """Hold a source against the form; see :meth:`likely.data.schema.Schema.read`."""
+        loaded = self.load(source, limit, **options)
+        array = loaded.array
+        if not len(array):
+            raise DataError(f"{loaded.name}: expected examples, got none")
+        x = self._hold(array, loaded.name, source, cache, limit)
+        condition = None
+        if self.given:
+            condition = self._labels(loaded, len(array))
+        scale = self.scale if self.binarise == "dynamic" else None
+        return Dataset(self.space, self.arrange(x), self.condition_space, condition, bernoulli_scale=scale)
+
+    def load(self, source: Source, limit: int | None = None, **options: Any) -> Loaded:
+        """The array of a source, of the shape of this form, and the labels beside it."""
         check_names(options, READ_OPTIONS, "reading an array")
         said = {name: value for name, value in options.items() if value is not None}
         key = said.get("key", self.key if source.kind in ("npz", "arrays") else None)
@@ -149,20 +162,12 @@ class ArrayForm:
         own: dict[str, Any] = {"size": self.size, "channels": self.channels} if source.kind == "images" else {}
         picture: dict[str, Any] = {**own, **{name: said[name] for name in ("size", "channels") if name in said}}
         loaded = load(source, key, names, picture.get("size"), picture.get("channels"), limit)
-        array = loaded.array
-        if array.shape[1:] != self.shape:
+        if loaded.array.shape[1:] != self.shape:
             raise DataError(
-                f"{loaded.name}: expected examples of shape {self.shape}, got {array.shape[1:]} "
-                f"(the whole array has shape {array.shape})"
+                f"{loaded.name}: expected examples of shape {self.shape}, got {loaded.array.shape[1:]} "
+                f"(the whole array has shape {loaded.array.shape})"
             )
-        if not len(array):
-            raise DataError(f"{loaded.name}: expected examples, got none")
-        x = self._hold(array, loaded.name, source, cache, limit)
-        condition = None
-        if self.given:
-            condition = self._labels(loaded, len(array))
-        scale = self.scale if self.binarise == "dynamic" else None
-        return Dataset(self.space, self._arrange(x), self.condition_space, condition, bernoulli_scale=scale)
+        return loaded
 
     def _hold(self, array: np.ndarray, name: str, source: Source, cache: Path | None, limit: int | None) -> Tensor:
         """The codes: over the array's own memory where it holds them already, otherwise converted chunk by chunk."""
@@ -269,8 +274,8 @@ class ArrayForm:
             encoded.append(Encoder(column, MISSING).encode(column_cells, where))
         return torch.from_numpy(np.stack(encoded, axis=1))
 
-    def _arrange(self, x: Tensor) -> Tensor:
-        """The model's axes: a view."""
+    def arrange(self, x: Tensor) -> Tensor:
+        """The model's axes: a view of examples of the user's shape."""
         match self.layout:
             case "HW":
                 return x.unsqueeze(1)
@@ -280,20 +285,22 @@ class ArrayForm:
 
     # Back to the user ---------------------------------------------------------------------------------------------
 
+    def disarrange(self, x: Tensor) -> Tensor:
+        """The user's axes: the inverse of :meth:`arrange`."""
+        match self.layout:
+            case "HW":
+                return x.squeeze(1)
+            case "HWC":
+                return x.permute(0, 2, 3, 1)
+        return x if self.shape else x.squeeze(1)
+
     def to_array(self, x: Tensor) -> np.ndarray:
         """The user's array, of the user's shape, values and dtype."""
         x = x.detach().cpu()
         if self.space.discrete:
             x = x.double()
         self.space.validate(x, "x")
-        match self.layout:
-            case "HW":
-                x = x.squeeze(1)
-            case "HWC":
-                x = x.permute(0, 2, 3, 1)
-        if not self.shape:
-            x = x.squeeze(1)
-        values = x.numpy()
+        values = self.disarrange(x).numpy()
         if self.binarise is not None:
             values = values * cast(float, self.scale if self.scale is not None else 1.0)
         if self.values != "reals":
@@ -333,8 +340,8 @@ class ArrayForm:
         labels = {} if condition is None else self._user_labels(condition)
         suffix = "" if path is None else path.suffix.lower()
         if suffix == ".npz" and self.container == "sparse":
-            scipy_sparse = _scipy_sparse(str(path))
-            scipy_sparse.save_npz(path, scipy_sparse.csr_matrix(array))
+            sparse = scipy_sparse(str(path))
+            sparse.save_npz(path, sparse.csr_matrix(array))
         elif suffix == ".npz":
             np.savez_compressed(path, **{self.key or "x": array, **labels})  # type: ignore[arg-type]
         elif path is None or suffix == ".npy" or ".npy." in path.name:
@@ -759,9 +766,9 @@ def _no_labels(given: Sequence[str], source: Source, advice: str) -> None:
 def _load_named(source: Source, key: str | None, given: Sequence[str], limit: int | None) -> Loaded:
     arrays: Mapping[str, Any]
     if source.kind == "npz":
-        members = _npz_members(source.path, source.name)
+        members = npz_members(source.path, source.name)
         if {"indices", "indptr", "format", "shape", "data"} <= set(members):
-            sparse = _scipy_sparse(source.name)
+            sparse = scipy_sparse(source.name)
             return Loaded(_dense(sparse.load_npz(source.path).tocsr(), limit), source.name, "sparse", {})
         names = list(members)
     else:
@@ -788,7 +795,7 @@ def _load_named(source: Source, key: str | None, given: Sequence[str], limit: in
     if key not in names:
         raise DataError(f"key: expected the name of an array in {source.name}, got {key!r} (it has {some(names)})")
     if source.kind == "npz":
-        arrays = {name: _read_member(source, name, limit) for name in {key, *given}}
+        arrays = {name: read_member(source, name, limit) for name in {key, *given}}
     else:
         arrays = source.value
     labels = {name: np.asarray(arrays[name]) for name in given}
@@ -801,7 +808,7 @@ def _load_named(source: Source, key: str | None, given: Sequence[str], limit: in
     return Loaded(np.asarray(arrays[key]), f"{source.name}[{key!r}]", source.kind, labels, key)
 
 
-def _npz_members(path: Path, name: str) -> dict[str, tuple[int, ...]]:
+def npz_members(path: Path, name: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the arrays in an .npz, from their headers."""
     out = {}
     try:
@@ -809,7 +816,7 @@ def _npz_members(path: Path, name: str) -> dict[str, tuple[int, ...]]:
             for member in archive.namelist():
                 if member.endswith(".npy"):
                     with archive.open(member) as file:
-                        out[member[:-4]] = _npy_header(cast(BinaryIO, file), name)[0]
+                        out[member[:-4]] = npy_header(cast(BinaryIO, file), name)[0]
     except zipfile.BadZipFile as fault:
         raise DataError(f"{name}: not an .npz file ({fault})") from None
     if not out:
@@ -817,7 +824,8 @@ def _npz_members(path: Path, name: str) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+def npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether columns come first, and dtype of an .npy file, read up to its data."""
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -831,7 +839,7 @@ def _npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], bool, np.dt
 
 def _read_npy(file: BinaryIO, name: str, limit: int | None) -> np.ndarray:
     """An array from a stream, kept in a file if it is larger than ``limit``."""
-    shape, fortran, dtype = _npy_header(file, name)
+    shape, fortran, dtype = npy_header(file, name)
     return _read_raw(file, name, shape, dtype, limit, fortran)
 
 
@@ -861,7 +869,8 @@ def _read_raw(
     return store.array()
 
 
-def _read_member(source: Source, key: str, limit: int | None) -> np.ndarray:
+def read_member(source: Source, key: str, limit: int | None) -> np.ndarray:
+    """One array of an .npz file."""
     with zipfile.ZipFile(source.path) as archive, archive.open(f"{key}.npy") as file:
         return _read_npy(cast(BinaryIO, file), f"{source.name}[{key!r}]", limit)
 
@@ -870,7 +879,7 @@ def _load_npy(source: Source, limit: int | None) -> np.ndarray:
     """An .npy file: memory-mapped as it lies, or decompressed."""
     if compression(source.path) is None:
         with source.path.open("rb") as file:
-            shape = _npy_header(file, source.name)[0]
+            shape = npy_header(file, source.name)[0]
         if not shape or not math.prod(shape):
             raise DataError(f"{source.name}: expected an array with examples, got shape {shape}")
         try:
@@ -881,7 +890,8 @@ def _load_npy(source: Source, limit: int | None) -> np.ndarray:
         return _read_npy(file, source.name, limit)
 
 
-_IDX = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+#: Dtypes of the idx format.
+IDX = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
 def _load_idx(source: Source, given: Sequence[str], limit: int | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -903,13 +913,14 @@ def _load_idx(source: Source, given: Sequence[str], limit: int | None) -> tuple[
 def _read_idx(path: Path, name: str, limit: int | None) -> np.ndarray:
     with open_bytes(path) as file:
         head = file.read(4)
-        if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _IDX or not head[3]:
+        if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in IDX or not head[3]:
             raise DataError(f"{name}: not an idx file (first bytes {head!r})")
         shape = tuple(int.from_bytes(file.read(4), "big") for _ in range(head[3]))
-        return _read_raw(file, name, shape, np.dtype(_IDX[head[2]]), limit)
+        return _read_raw(file, name, shape, np.dtype(IDX[head[2]]), limit)
 
 
-def _scipy_sparse(name: str) -> Any:
+def scipy_sparse(name: str) -> Any:
+    """The module of sparse matrices."""
     try:
         return importlib.import_module("scipy.sparse")
     except ImportError:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from likely.data.errors import DataError
+from likely.data.arrays import ArrayForm
+from likely.data.originals.arrays import ArrayOriginal, restore_array
 from likely.data.originals.delimited import CsvOriginal, restore_csv
 from likely.data.originals.frames import FrameOriginal, RestoredFrame
 from likely.data.originals.original import Legal, Original, Part, Restored, Rows, intact
@@ -23,6 +25,8 @@ def take_apart(schema: Schema, source: Any, *, format: str | None = None, **opti
             return CsvOriginal(schema.form, found, options)
         if isinstance(schema.form, TableForm):
             return FrameOriginal(schema.form, found, options)
+        if isinstance(schema.form, ArrayForm):
+            return ArrayOriginal(schema.form, found, options)
     raise DataError("no")
 
 
@@ -31,4 +35,6 @@ def restore(schema: Schema, head: bytes, parts: Iterable[Part], *, first: int = 
         facts = json.loads(head)
         if facts["media"] in ("parquet", "dataframe"):
             return RestoredFrame(schema.form, facts, parts, first)
+        if isinstance(schema.form, ArrayForm):
+            return restore_array(schema.form, facts, parts, first)
     return restore_csv(schema.form, facts, parts, first)
