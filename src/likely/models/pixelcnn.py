@@ -11,9 +11,9 @@ first layer is pointwise, so the law of a pixel is a small network on its patch.
 what lossless compression wants: small, fast to train on patches of random positions, drawn and decoded pixel by pixel
 for a whole batch without computing anything twice.  ``stages`` > 1 stacks causal convolutions and widens the field.
 
-A pixel is predicted relative to its western neighbour w: the patch enters as (u − u_w) / d, with d the deviation of
-such differences in the training data, the means leave as u_w + d W (u − u_w)/d + d μ, and scales are in units of d.  The
-reference r is the common part of the means, u_w + d W (u − u_w)/d.
+A pixel is predicted relative to its western neighbour w: the patch enters as δ = (u − u_w) / d, with d the deviation
+of such differences in the training data; μ_ci = r_c + d_c (output of the network), with the reference r = u_w + d W δ
+that the means have in common, and scales are in units of d too.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class PixelCNN(Model):
     conditional = True
     fill: Tensor
     unit: Tensor
+    log_unit: Tensor
 
     def __init__(
         self,
@@ -113,7 +114,8 @@ class PixelCNN(Model):
         colours, height, columns = space.shape
         pairs = colours * (colours - 1) // 2
 
-        self.patches = [CausalPatch(*field)] + [CausalPatch(*stage_field, centre=True) for _ in range(stages - 1)]
+        self.patches = [CausalPatch(field[0], field[1])]
+        self.patches += [CausalPatch(stage_field[0], stage_field[1], centre=True) for _ in range(stages - 1)]
         self.west = self.patches[0].offsets.index((0, -1))
         inputs = len(self.patches[0]) * colours
         sizes = [inputs] + [len(patch) * width for patch in self.patches[1:]]
@@ -141,7 +143,7 @@ class PixelCNN(Model):
 
         Args:
             numbers: of the output layer, shape ``(rows, sum(self.sizes))``.
-            linear: W (u − u_w) / d, shape ``(rows, C)``.
+            linear: W δ, shape ``(rows, C)``.
             patch: u, shape ``(rows, taps, C)``.
         """
         colours, k = self.space.shape[0], self.components
@@ -158,7 +160,7 @@ class PixelCNN(Model):
         )
 
     def _relative(self, patch: Tensor) -> Tensor:
-        """(u − u_w) / d, with u_w itself in its own place: shape ``(rows, taps · C)``."""
+        """δ, with u_w itself in its own place: shape ``(rows, taps · C)``."""
         west = patch[:, self.west].unsqueeze(1)
         relative = (patch - west) / self.unit.to(patch.dtype)
         return torch.cat([relative[:, : self.west], west, relative[:, self.west + 1 :]], 1).flatten(1)

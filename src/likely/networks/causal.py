@@ -67,7 +67,7 @@ class CausalPatch:
         return padded
 
     def write(self, padded: Tensor, i: int, j: int, values: Tensor) -> None:
-        """Put the values ``(n, channels)`` of position (i, j) in a padded map, and in the border what follows of them."""
+        """Put the values ``(n, channels)`` of position (i, j) in a padded map, and what they settle in its border."""
         width = padded.shape[2] - 2 * self.columns
         padded[:, self.rows + i, self.columns + j] = values
         if j == 0 and self.rows + i + 1 < padded.shape[1]:
