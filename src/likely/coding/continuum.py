@@ -81,9 +81,9 @@ class DoubleCells(IntervalCells):
 
     def _law(self, some: Some) -> Cumulative:
         log_scales = np.maximum(self._log_scales[some], self._log_scales.dtype.type(-7.0))
-        parts = standard_logistics(self._means[some], log_scales, self._centre, self._unit)
         logits = np.ascontiguousarray(self._logits[some].T)
-        return Mixture(parts, shares(list(weights(logits, logits.max(0)))))
+        portions = shares(weights(logits, logits.max(0)))
+        return Mixture([standard_logistics(self._means[some], log_scales, portions, self._centre, self._unit)])
 
     def _first(self, cell: Integers) -> Integers:
         """Rank of the first float of a cell."""

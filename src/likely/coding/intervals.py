@@ -52,12 +52,15 @@ class Cumulative(Protocol):
         """F at one position of each cell: 0 at or below −10^300, 1 at or above 10^300, monotone between them."""
         ...
 
-    def take(self, some: Some) -> Cumulative:
+    def __getitem__(self, some: Some) -> Cumulative:
         """The distributions of some of the cells."""
         ...
 
-    def guess(self, probability: Floats) -> Floats | None:
-        """Position where F is about so large, a hint; None where there is no cheap one."""
+    def guess(self, probability: Floats, beyond: Floats) -> Floats:
+        """Position where F is about so large, given that no atom lies between it and ``beyond``.
+
+        A hint, which may differ from machine to machine.
+        """
         ...
 
 
@@ -103,6 +106,8 @@ class IntervalCells(Cells):
     ) -> None:
         super().__init__(shape, present)
         self.low, self.cells, self.escapes = int(low), int(cells), escapes
+        #: Cells with an atom, ascending: where F may jump.  A hint for the search.
+        self.steps_at: Integers = np.zeros(0, np.int64)
         self._digits = digits(self.cells)
         self._positions: Floats | None = None
         if self.cells <= 1 << _DIGIT:
@@ -205,7 +210,7 @@ class _Frame:
     def __getitem__(self, some: Some) -> _Frame:
         """The same for some of the cells."""
         picked = [None if a is None else a[some] for a in (self.first, self.sizes, self.below, self.mass)]
-        return _Frame(self.owner, self.law.take(some), self.digit, *picked)  # type: ignore[arg-type]
+        return _Frame(self.owner, self.law[some], self.digit, *picked)  # type: ignore[arg-type]
 
     def start(self, digits: Integers) -> Unsigned:
         """Where digits start, 0 … size inclusive."""
@@ -230,94 +235,156 @@ class _Frame:
         start = self.start(digits)
         return start, self.start(digits + 1) - start
 
-    def find(self, residues: Unsigned) -> tuple[Integers, Unsigned, Unsigned]:
-        """The digits in whose interval the residues lie, with start and freq.
+    def find(self, residues: Unsigned) -> tuple[Integers, Integers, Integers]:
+        """The digits in whose interval the residues lie, with start and freq."""
+        r = residues.view(np.int64)
+        low, below = np.zeros(len(r), np.int64), np.zeros(len(r), np.int64)
+        high = np.full(len(r), self.digit.size) if self.sizes is None else self.sizes.copy()
+        above = np.full(len(r), 1 << self.digit.precision)
+        if self.first is not None or not len(self.owner.steps_at):
+            return self._find_between(r, low, high, below, above)
+        self._between_atoms(r, low, high, below, above)
+        rest = np.flatnonzero(high - low > 1)
+        if len(rest):
+            found = self[rest]._find_between(r[rest], low[rest], high[rest], below[rest], above[rest])
+            low[rest], below[rest], freq = found
+            above[rest] = below[rest] + freq
+        return low, below, above - below
 
-        A guess is mended by steps of the secant and bisection in turn, among the cells not yet found.
-        """
-        n = len(residues)
-        low = np.zeros(n, np.int64)
-        high = np.full(n, self.digit.size, np.int64) if self.sizes is None else self.sizes.copy()
-        digit, start, freq = self._guess(residues, high), np.empty(n, np.uint64), np.empty(n, np.uint64)
-        frame, index, r, g = self, None, residues, digit
-        for turn in range(2 * self.digit.size.bit_length() + 2):
-            s, f = frame.interval(g)
-            offset = (r - s).view(np.int64)
-            size = f.view(np.int64)
-            missed = np.flatnonzero((offset < 0) | (offset >= size))
-            if index is None:
-                digit, start, freq = g, s, f
-                if not len(missed):
-                    break
-                digit = digit.copy()
-            else:
-                digit[index], start[index], freq[index] = g, s, f
-            if not len(missed):
-                break
-            index = missed if index is None else index[missed]
-            frame, r, g, offset, size = frame[missed], r[missed], g[missed], offset[missed], size[missed]
-            low, high = low[missed], high[missed]
-            under = offset < 0
-            high = np.where(under, g, high)
-            low = np.where(under, low, g + 1)
-            if turn % 2:
-                g = (low + high) >> 1
-            else:
-                g = np.clip(g + np.floor(offset / size).astype(np.int64), low, high - 1)
+    def _between_atoms(self, r: Integers, low: Integers, high: Integers, below: Integers, above: Integers) -> None:
+        """Narrow brackets to a digit with an atom, or to the digits between two of them."""
+        atoms = self.owner.steps_at >> self.digit.shift
+        passed = np.zeros(len(r), np.int64)
+        for step in reversed(range(len(atoms).bit_length())):
+            try_ = passed + (1 << step)
+            g = atoms.take(np.minimum(try_, len(atoms)) - 1)
+            s = self.start(g).view(np.int64)
+            over = s > r
+            passed = np.where(over | (try_ > len(atoms)), passed, try_)
+            self._narrow(g, s, over, low, high, below, above)
+        g = np.where(passed > 0, low + 1, high)  # the end of the atom's own digit
+        s = self.start(g).view(np.int64)
+        self._narrow(g, s, s > r, low, high, below, above)
+
+    @staticmethod
+    def _narrow(
+        g: Integers, s: Integers, over: Mask, low: Integers, high: Integers, below: Integers, above: Integers
+    ) -> None:
+        """Use that digit g starts at s in brackets that hold g, ends included."""
+        under = ~over
+        np.copyto(high, g, where=over)
+        np.copyto(above, s, where=over)
+        np.copyto(low, g, where=under)
+        np.copyto(below, s, where=under)
+
+    def _find_between(
+        self, r: Integers, low: Integers, high: Integers, below: Integers, above: Integers
+    ) -> tuple[Integers, Integers, Integers]:
+        """As :meth:`find`, for digits in [low, high), the starts of which are known."""
+        digit = self._guess(r, low, high)
+        start = self.start(digit).view(np.int64)
+        freq = self.start(digit + 1).view(np.int64) - start
+        offset = r - start
+        missed = np.flatnonzero(offset.view(np.uint64) >= freq.view(np.uint64))
+        if len(missed):
+            offset, size = offset[missed], freq[missed]
+            under, g, s = offset < 0, digit[missed], start[missed]
+            low, below = np.where(under, low[missed], g + 1), np.where(under, below[missed], s + size)
+            high, above = np.where(under, g, high[missed]), np.where(under, s, above[missed])
+            g = g + np.floor(offset / size).astype(np.int64)  # Newton's step
+            found = self[missed]._search(r[missed], g, low, high, below, above)
+            digit[missed], start[missed], freq[missed] = found
         return digit, start, freq
 
-    def _guess(self, residues: Unsigned, high: Integers) -> Integers:
-        probability = residues / float(1 << self.digit.precision)
+    def _search(
+        self, r: Integers, g: Integers, low: Integers, high: Integers, below: Integers, above: Integers
+    ) -> tuple[Integers, Integers, Integers]:
+        """Narrow brackets [low, high), of known starts, down to one digit: at ``g`` first, then by false position,
+        the same from the other side, and bisection in turn; at most about 3 log2(size) turns."""
+        frame, left, found = self, None, (low, below, above)
+        for turn in range(3 * self.digit.size.bit_length() + 6):
+            np.minimum(g, high - 1, out=g)
+            np.maximum(g, low + 1, out=g)  # a bracket of one digit is probed at its upper end, which changes nothing
+            s = frame.start(g).view(np.int64)
+            over = s > r
+            self._narrow(g, s, over, low, high, below, above)
+            width = high - low
+            rest = np.flatnonzero(width > 1)
+            if len(rest) < 0.7 * len(r):
+                if left is not None:
+                    for whole, part in zip(found, (low, below, above)):
+                        whole[left] = part
+                if not len(rest):
+                    break
+                left = rest if left is None else left[rest]
+                frame, r, width = frame[rest], r[rest], width[rest]
+                low, high, below, above = low[rest], high[rest], below[rest], above[rest]
+            if turn % 3 == 2:
+                g = (low + high) >> 1
+            else:
+                g = ((r - below) / (above - below) * width).astype(np.int64)
+                g += low
+                if turn % 3 == 1:
+                    g += 1
+        low, below, above = found
+        return low, below, above - below
+
+    def _guess(self, r: Integers, low: Integers, high: Integers) -> Integers:
+        probability = r / float(1 << self.digit.precision)
         if self.below is not None and self.mass is not None:
             probability = self.below + self.mass * probability
-        position = self.law.guess(probability)
-        if position is None:
-            return high >> 1
-        position -= self.owner.low - 0.5
-        if self.first is not None:
-            position -= self.first
-        position *= 2.0**-self.digit.shift
-        return np.clip(position, 0.0, (high - 1).astype(np.float64)).astype(np.int64)
+        first = self.owner.low - 0.5
+        position = low << self.digit.shift if self.digit.shift else low
+        offset = first if self.first is None else self.first + first
+        guess = self.law.guess(probability, position + offset)
+        guess -= offset
+        guess *= 2.0**-self.digit.shift
+        atoms = self.owner.steps_at
+        if self.first is not None and len(atoms):  # the first atom of the block is the best guess
+            within = atoms.take(np.searchsorted(atoms, self.first), mode="clip") - self.first >> self.digit.shift
+            guess = np.where((within >= low) & (within < high), within, guess)
+        return np.clip(guess, low, high - 1).astype(np.int64)
 
 
 # --------------------------------------------------------------------------------------------------------------- laws
 
 
-class Scaled:
-    """One location-scale law a cell, F(x) = law((x − centre) · rate / steps).
+class Family:
+    """Location-scale laws of one family, K a cell: F_k(x) = law((x − centre_k) · rate_k / steps).
 
     Args:
-        centre: in symbols.
-        rate: steps of the law's table per symbol, > 0.
+        law: the family.
+        centre: in symbols, shape ``(K, cells)``.
+        rate: steps of the law's table per symbol, > 0, shape ``(K, cells)``.
+        portion: share of each, shape ``(K, cells)``; None where there is one, with share 1.
     """
 
-    def __init__(self, law: Law, centre: Floats, rate: Floats) -> None:
-        self.law, self.centre, self.rate = law, centre, rate
+    def __init__(self, law: Law, centre: Floats, rate: Floats, portion: Floats | None = None) -> None:
+        self.law, self.centre, self.rate, self.portion = law, centre, rate, portion
 
     def cdf(self, position: Floats) -> Floats:
+        """Σ_k share_k F_k, summed in the order of k."""
         u = position - self.centre
         u *= self.rate
         u += self.law.centre
-        return self.law.cdf(u)
+        u = self.law.cdf(u)
+        if self.portion is not None:
+            u *= self.portion
+        total = u[0]
+        for value in u[1:]:
+            total += value
+        return total
 
-    def take(self, some: Some) -> Scaled:
-        return Scaled(self.law, self.centre[some], self.rate[some])
-
-    def guess(self, probability: Floats) -> Floats:
-        bucket = (probability * float(1 << self.law.bits)).astype(np.int64)
-        position = self.law.quantile.take(np.minimum(bucket, (1 << self.law.bits) - 1))
-        position *= self.law.steps
-        position /= self.rate
-        position += self.centre
-        return position
+    def __getitem__(self, some: Some) -> Family:
+        portion = None if self.portion is None else self.portion[:, some]
+        return Family(self.law, self.centre[:, some], self.rate[:, some], portion)
 
 
 class Mixture:
     """Σ_k share_k F_k(x) + Σ_a share_a [atom a < x].
 
     Args:
-        parts: the laws F_k of the cells.
-        portions: their shares, which with those of the atoms sum to 1 exactly.
+        families: the laws of the cells; all shares and those of the atoms sum to 1 exactly.
         atoms: symbols with a share of their own, ascending: shape ``(A,)``.
         spikes: cumulative shares of the atoms, from 0: shape ``(A + 1, columns)``.
         column: which column of ``spikes`` is a cell's; None for its own.
@@ -325,33 +392,68 @@ class Mixture:
 
     def __init__(
         self,
-        parts: Sequence[Scaled],
-        portions: Sequence[Floats],
+        families: Sequence[Family],
         atoms: Floats | None = None,
         spikes: Floats | None = None,
         column: Integers | None = None,
     ) -> None:
-        self.parts, self.portions, self.atoms, self.spikes = parts, portions, atoms, spikes
+        self.families, self.atoms, self.spikes = families, atoms, spikes
         self.column = np.arange(spikes.shape[1]) if column is None and spikes is not None else column
 
     def cdf(self, position: Floats) -> Floats:
-        total: Floats | None = None
-        for part, portion in zip(self.parts, self.portions):
-            value = part.cdf(position)
-            value *= portion
-            total = value if total is None else np.add(total, value, out=total)
-        assert total is not None
+        total = self.families[0].cdf(position)
+        for family in self.families[1:]:
+            total += family.cdf(position)
         if self.atoms is not None and self.spikes is not None:
             total += self.spikes[np.searchsorted(self.atoms, position), self.column]
         return total
 
-    def take(self, some: Some) -> Mixture:
+    def __getitem__(self, some: Some) -> Mixture:
         column = None if self.column is None else self.column[some]
-        parts = [part.take(some) for part in self.parts]
-        return Mixture(parts, [portion[some] for portion in self.portions], self.atoms, self.spikes, column)
+        return Mixture([family[some] for family in self.families], self.atoms, self.spikes, column)
 
-    def guess(self, probability: Floats) -> Floats | None:
-        return None
+    def guess(self, probability: Floats, beyond: Floats) -> Floats:
+        first = self.families[0]
+        if first.portion is None:
+            return first.law.guess(probability) * first.law.steps / first.rate[0] + first.centre[0]
+        return self._quantile(probability, beyond)
+
+    def _quantile(self, probability: Floats, beyond: Floats) -> Floats:
+        """A root of logit F(x) = logit p by Newton's method in float32, kept between the quantiles of the parts.
+
+        Normals are taken for logistics of the same deviation.
+        """
+        centre = np.concatenate([family.centre for family in self.families]).astype(np.float32)
+        narrow = [family.rate / family.law.steps * family.law.narrowness for family in self.families]
+        slope = np.concatenate(narrow).astype(np.float32)
+        portion = np.concatenate([family.portion for family in self.families]).astype(np.float32)  # type: ignore[misc]
+        all_portions = np.maximum(portion.sum(0), np.float32(1e-9))
+        portion /= all_portions
+        p = probability
+        if self.atoms is not None and self.spikes is not None:
+            p = (p - self.spikes[np.searchsorted(self.atoms, beyond), self.column]) / all_portions
+        p = np.clip(p, 1e-12, 1.0 - 1e-12)
+        target = np.log(p / (1.0 - p)).astype(np.float32)
+        quantiles = centre + target / slope
+        low, high = quantiles.min(0), quantiles.max(0)
+        x = (portion * quantiles).sum(0)
+        tiny, one = np.float32(1e-30), np.float32(1.0)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            for _ in range(5):
+                below = one / (one + np.exp((centre - x) * slope))
+                mass = portion * below
+                below -= one
+                density = -(mass * below * slope).sum(0)
+                total = mass.sum(0)
+                above = one - total
+                step = np.log((total + tiny) / (above + tiny))
+                step -= target
+                over = step > 0
+                np.copyto(high, x, where=over)
+                np.copyto(low, x, where=~over)
+                x = x - step * total * above / density
+                x = np.where((x > low) & (x < high), x, (low + high) * np.float32(0.5))
+        return x.astype(np.float64)
 
 
 class LogisticCells(IntervalCells):
@@ -384,11 +486,11 @@ class LogisticCells(IntervalCells):
         means += 1.0
         means *= self._half
         rates *= logistic().steps / self._half
-        parts = [Scaled(logistic(), centre, rate) for centre, rate in zip(means, rates)]
-        if len(parts) == 1:
-            return parts[0]
-        logits = np.ascontiguousarray(self._logits[some].T)
-        return Mixture(parts, shares(list(weights(logits, logits.max(0)))))
+        portion = None
+        if len(means) > 1:
+            logits = np.ascontiguousarray(self._logits[some].T)
+            portion = shares(weights(logits, logits.max(0)))
+        return Mixture([Family(logistic(), means, rates, portion)])
 
 
 class NormalCells(IntervalCells):
@@ -429,7 +531,7 @@ class NormalCells(IntervalCells):
         centre /= self.spacing
         rate = inverse_scale(self._log_scale[some])
         rate *= self.spacing * normal().steps
-        return Scaled(normal(), centre, rate)
+        return Mixture([Family(normal(), centre[None], rate[None])])
 
 
 #: Range of a numeric column in standard units to both sides, and the least that spares a digit.
@@ -439,8 +541,8 @@ _REACH, _LEAST_REACH = 64.0, 16.0
 class GridCells(IntervalCells):
     """One numeric column: mixtures of logistics and atoms on an unbounded grid; symbols are round(x / r).
 
-    The laws reach over 64 standard units to both sides (or over as many as 16 bits hold, if that is 16 or more) and over
-    all atoms; a symbol beyond follows by its distance.
+    The laws reach over 64 standard units to both sides (or over as many as 16 bits hold, if that is 16 or more) and
+    over all atoms; a symbol beyond follows by its distance.
 
     Args:
         logits: shape ``(n, K + A)``, weights of the logistics, then of the atoms; −inf switches one off.
@@ -473,26 +575,29 @@ class GridCells(IntervalCells):
         refuse_non_finite("log_scales", log_scales)
         picked = [*range(components), *(components + order)]
         self._atoms = spikes[order] if len(order) else None
+        self.steps_at = spikes[order].astype(np.int64) - self.low
         self._logits = self._select(logits, 1)[:, picked]
         self._means, self._log_scales = self._select(means, 1), self._select(log_scales, 1)
 
     def _law(self, some: Some) -> Cumulative:
-        parts = standard_logistics(self._means[some], self._log_scales[some], self._centre, self._unit)
         logits = np.ascontiguousarray(self._logits[some].T)
-        portions = shares(list(weights(logits, logits.max(0))))
+        portions = shares(weights(logits, logits.max(0)))
+        family = standard_logistics(self._means[some], self._log_scales[some], portions, self._centre, self._unit)
         if self._atoms is None:
-            return Mixture(parts, portions)
+            return Mixture([family])
         spikes = np.zeros((len(self._atoms) + 1, logits.shape[1]))
-        for a, portion in enumerate(portions[len(parts) :]):
+        for a, portion in enumerate(portions[len(family.centre) :]):
             np.add(spikes[a], portion, out=spikes[a + 1])
-        return Mixture(parts, portions[: len(parts)], self._atoms, spikes)
+        return Mixture([family], self._atoms, spikes)
 
 
 #: A logistic narrower than exp(−2.5) half cells is as good as an atom.
 _MOST_RATE = 2.0 * float(exp(np.array(-LEAST_LOG_SCALE)))
 
 
-def standard_logistics(means: NDArray[Any], log_scales: NDArray[Any], centre: float, unit: float) -> list[Scaled]:
+def standard_logistics(
+    means: NDArray[Any], log_scales: NDArray[Any], portions: Floats, centre: float, unit: float
+) -> Family:
     """Logistics of a column, shape ``(n, K)`` in standard units, where symbol = centre + unit · standard value."""
     centres = means.T.astype(np.float64, order="C")
     centres *= unit
@@ -501,7 +606,7 @@ def standard_logistics(means: NDArray[Any], log_scales: NDArray[Any], centre: fl
     rates /= unit
     np.minimum(rates, _MOST_RATE, out=rates)
     rates *= logistic().steps
-    return [Scaled(logistic(), c, r) for c, r in zip(centres, rates)]
+    return Family(logistic(), centres, rates, portions[: len(centres)])
 
 
 def grid_range(centre: float, unit: float, atoms: Floats) -> tuple[int, int]:

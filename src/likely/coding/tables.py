@@ -9,7 +9,6 @@ operations stays monotone to the last bit, and each symbol keeps its place in th
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +26,6 @@ _MOST_LOG_SCALE = 64
 #: A weight of 1 is this many units; exp(−21) is the last that is not 0.
 UNITS = 1 << 30
 _LAST_LOGIT = 22 * LOGIT_STEPS
-#: Shares of components are multiples of 2^−30 and sum to 1.
-_SHARE = 2.0**-30
 
 
 class Law:
@@ -37,18 +34,17 @@ class Law:
     It is 0 below and 1 above.  Values are multiples of 2^−50, so that differences are exact.
     """
 
-    def __init__(self, cdf: Callable[[Floats], Floats], reach: int, steps: int) -> None:
+    def __init__(self, cdf: Callable[[Floats], Floats], reach: int, steps: int, narrowness: float = 1.0) -> None:
         self.steps, self.centre = float(steps), float(reach * steps)
+        #: Scale of a logistic of the same deviation, inverted; for guesses.
+        self.narrowness = narrowness
         edges = np.arange(-reach * steps, reach * steps + 1) / steps
         lower = np.rint(np.ldexp(cdf(-np.abs(edges)), 50))
         whole = np.where(edges > 0, 2.0**50 - lower, lower)
         whole[0], whole[-1] = 0.0, 2.0**50
         self.value = np.ldexp(whole, -50)
         self.slope = np.append(np.diff(self.value), 0.0)
-        # Middle of a bucket of probabilities, for guesses.
-        self.bits = 12
-        middles = (np.arange(1 << self.bits) + 0.5) / (1 << self.bits)
-        self.quantile = np.interp(middles, self.value, edges)
+        self._guesses = np.interp(sigmoid(np.arange(-640, 641) / 16.0), self.value, edges)
 
     def cdf(self, u: Floats) -> Floats:
         """Cumulative probability at standard position u / steps − reach, any floats but NaN; overwrites ``u``."""
@@ -61,6 +57,17 @@ class Law:
         u += self.value.take(cell)
         return u
 
+    def guess(self, probability: Floats) -> Floats:
+        """About the standard position with this cumulative probability, the same on this machine only."""
+        p = np.clip(probability, 1e-15, 1.0 - 1e-15)
+        u = np.log(p / (1.0 - p))
+        u *= 16.0
+        u += 640.0
+        cell = u.astype(np.int64)
+        u -= cell
+        below = self._guesses.take(cell)
+        return below + u * (self._guesses.take(cell + 1) - below)
+
 
 @functools.cache
 def logistic() -> Law:
@@ -71,7 +78,7 @@ def logistic() -> Law:
 @functools.cache
 def normal() -> Law:
     """Φ over ± 9."""
-    return Law(normal_cdf, 9, 128)
+    return Law(normal_cdf, 9, 128, 1.8138)
 
 
 @functools.cache
@@ -106,18 +113,22 @@ def weights(logits: NDArray[Any], most: NDArray[Any]) -> Integers:
     return _exponentials().take(np.rint(grid, out=grid).astype(np.int64))
 
 
-def shares(units: list[Integers]) -> list[Floats]:
-    """Weights as shares, multiples of 2^−30 that sum to 1 exactly.
+def shares(units: Integers) -> Floats:
+    """Weights as shares, multiples of 2^−30 that sum to 1 exactly along the first axis.
 
-    >>> [share.tolist() for share in shares([np.array([1, 3]), np.array([2, 1])])]
+    >>> shares(np.array([[1, 3], [2, 1]])).tolist()
     [[0.3333333330228925, 0.75], [0.6666666669771075, 0.25]]
     """
-    cumulative = [units[0]]
-    for unit in units[1:]:
-        cumulative.append(cumulative[-1] + unit)
-    total = cumulative[-1].astype(np.float64)
-    edges = [np.floor(edge / total * UNITS) for edge in cumulative]
-    return [edges[0] * _SHARE, *((b - a) * _SHARE for a, b in itertools.pairwise(edges))]
+    edges = np.empty((len(units) + 1, *units.shape[1:]))
+    edges[0] = 0.0
+    for k in range(len(units)):
+        np.add(edges[k], units[k], out=edges[k + 1])  # whole numbers below 2^53
+    edges /= edges[-1].copy()
+    edges *= float(UNITS)
+    np.floor(edges, out=edges)
+    portions = edges[1:] - edges[:-1]
+    portions *= 1.0 / UNITS
+    return portions
 
 
 def refuse_non_finite(name: str, values: NDArray[Any], lowest_may_be_infinite: bool = False) -> None:
