@@ -366,6 +366,13 @@ def test_what_cannot_be_coded_is_refused():
             stack.pop_uniform(np.array([2, size]))
     with pytest.raises(ValueError, match="lanes"):
         Stack(0)
+    with pytest.raises(ValueError, match=r"start: expected shape \(n,\)"):
+        stack.push([[0]], [[1]], 8)
+    with pytest.raises(ValueError, match="values and sizes"):
+        stack.push_uniform([1, 2, 3], [9])
+    for sizes, n in ((9, None), ([9, 9], 3), ([[9]], None)):
+        with pytest.raises(ValueError, match="sizes: expected one number"):
+            stack.pop_uniform(sizes, n)
     with pytest.raises(Damaged, match="lane"):
         Stack.from_words([1, 2, 3], 0)
 

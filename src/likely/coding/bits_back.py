@@ -18,6 +18,7 @@ lanes as the message grows.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,8 +95,8 @@ def bit_swap(
 _HEADER = struct.Struct("<HHBB")
 #: Limits of a schedule; they bound the number of steps of the ramp by about 70,000.
 _LIMITS = {"lanes": (1, 65535), "opening": (1, 65535), "batch_log2": (4, 16), "growth": (1, 255)}
-#: Rows of the trial that the schedule is chosen by, and its lanes.
-_TRIAL_ROWS, _TRIAL_LANES = 16, 64
+#: Rows of the trial that the schedule is chosen by, and cells for each of its lanes.
+_TRIAL_ROWS, _TRIAL_CELLS = 16, 1024
 
 
 @dataclass(frozen=True)
@@ -284,21 +285,21 @@ def choose_schedule(codec: ModelCodec, x: Any, condition: Any | None = None, lan
     * batch: about 2^18 cells;
     * lanes: one for 500 bytes of code up to 256, beyond that one for 1000 bytes up to 4096.
     """
-    n = len(x)
-    batch_log2 = int(np.clip(18 - int(np.ceil(np.log2(max(1, np.prod(x.shape[1:]))))), 6, 12))
+    n, cells = len(x), max(1, math.prod(x.shape[1:]))
+    batch_log2 = min(max(18 - math.ceil(math.log2(cells)), 6), 12)
     if n == 0:
         return Schedule(lanes or 1, batch_log2=batch_log2)
     rows = min(n, _TRIAL_ROWS)
     chosen = slice(0, n // rows * rows, n // rows)
-    stack = Stack(_TRIAL_LANES)
+    stack = Stack(min(max(rows * cells // _TRIAL_CELLS, 1), 64))
     codec.push(stack, x[chosen], None if condition is None else condition[chosen])
     earned = max(stack.bits, 1.0) / rows
-    borrowed = 32 * (stack.supplied - _TRIAL_LANES) / rows
+    borrowed = 32 * (stack.supplied - stack.lanes) / rows
     if lanes is None:
         size = earned * n / 8
-        lanes = int(np.clip(min(size / 500, max(256, size / 1000)), 1, 4096))
-    opening = int(np.clip(16 * earned / 128, 1, 65535))
-    growth = int(np.clip(64 * 0.45 * earned / borrowed, 1, 64)) if borrowed > 0 else 64
+        lanes = int(min(max(min(size / 500, max(256, size / 1000)), 1), 4096))
+    opening = int(min(max(16 * earned / 128, 1), 65535))
+    growth = int(min(max(64 * 0.45 * earned / borrowed, 1), 64)) if borrowed > 0 else 64
     return Schedule(lanes, opening, batch_log2, growth)
 
 

@@ -124,6 +124,8 @@ class Stack:
             ValueError: a symbol has no room in the range.
         """
         starts = _unsigned(start, "start")
+        if starts.ndim != 1:
+            raise ValueError(f"start: expected shape (n,), got {starts.shape}")
         freqs = np.broadcast_to(_unsigned(freq, "freq"), starts.shape)
         _check_precision(precision)
         total, keep = np.uint64(1 << precision), np.uint64(64 - precision)
@@ -195,6 +197,8 @@ class Stack:
             ValueError: a size is not in [1, 2^32] or a value not in [0, size).
         """
         numbers = _unsigned(values, "values")
+        if numbers.ndim != 1 or np.shape(sizes) not in ((), numbers.shape):
+            raise ValueError(f"values and sizes: expected shape (n,) each, got {numbers.shape} and {np.shape(sizes)}")
         for block in reversed(self._blocks(len(numbers))):
             v = numbers[block]
             r, k = _sizes(sizes, block)
@@ -217,12 +221,16 @@ class Stack:
         """Decode what :meth:`push_uniform` coded.
 
         Args:
-            sizes: integers in [1, 2^32], shape ``(n,)``; or one number for ``n`` values.
+            sizes: integers in [1, 2^32], shape ``(n,)``; or one number.
+            n: how many; may be left out where ``sizes`` has a shape.
 
         Returns:
             int64, shape ``(n,)``.
         """
-        n = len(np.asarray(sizes)) if n is None else n
+        shape = np.shape(sizes)
+        n = shape[0] if n is None and len(shape) == 1 else n
+        if n is None or shape not in ((), (n,)):
+            raise ValueError(f"sizes: expected one number and n, or shape (n,), got shape {shape} and n = {n}")
         values = np.empty(n, np.int64)
         for block in self._blocks(n):
             r, k = _sizes(sizes, block)
