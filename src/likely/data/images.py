@@ -46,6 +46,11 @@ def _pillow(name: str) -> Any:
     return Image
 
 
+def image_files(path: Path) -> list[Path]:
+    """Every PNG, JPEG and WebP file below a folder, in the order of their paths."""
+    return sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+
+
 def read_folder(
     path: Path, name: str, size: tuple[int, int] | None, channels: str | None, limit: int | None = None
 ) -> Folder:
@@ -59,7 +64,7 @@ def read_folder(
         limit: bytes held in memory before the array goes to a file.
     """
     image = _pillow(name)
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    files = image_files(path)
     if not files:
         raise DataError(f"{name}: expected images ({', '.join(SUFFIXES)}), found none in this folder or below")
     if channels is not None and channels not in ("grey", "rgb"):

@@ -424,14 +424,13 @@ def _dtype(text: Any, kinds: str) -> np.dtype:
     return dtype
 
 
-def restore_array(form: ArrayForm, facts: Mapping[str, Any], parts: Iterable[Part], first: int = 0) -> Restored:
+def restore_array(form: ArrayForm, facts: Mapping[str, Any], parts: Iterable[Part]) -> Restored:
     """Put an array together again.
 
     Args:
         form: what the schema says of the array.
         facts: of the whole.
         parts: consecutive rows.
-        first: number of the first row of the first part.
     """
     recipe = _Recipe(form, facts)
     if facts["media"] in ("npy", "idx"):

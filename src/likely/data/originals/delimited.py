@@ -7,7 +7,6 @@ cells is kept as a line.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import itertools
@@ -23,6 +22,7 @@ import torch
 
 from likely.data.csvfile import LONGEST_CELL, Dialect
 from likely.data.errors import DataError, check_names
+from likely.data.originals.encoded import decode, encode, known_encoding
 from likely.data.originals.original import (
     Legal,
     Original,
@@ -41,18 +41,6 @@ from likely.data.sources import Source, compression, open_bytes
 from likely.data.tables import READ_OPTIONS, CsvTable, Labelled, TableForm, unique_names
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
-#: Encodings in which the bytes of a text are those of its parts, one after the other.
-_STATELESS = re.compile(
-    r"ascii|utf-8|utf-(16|32)-[lb]e|iso8859-\d+|cp\d+|koi8-\w|mac-?\w+|latin\w*|gbk|gb2312|gb18030|big5|euc_\w+|"
-    r"shift_jis\w*"
-)
 _SAMPLE = ((16, 512), (32, 2048))  # stretches and rows in each: for numbers and dress; for categories
 _LINES, _ENDS, _BETWEEN, _FIRST = range(4)  # sections of side information; from _FIRST on three for each column
 _TEXTS, _CELLS, _STYLED = range(3)
@@ -73,7 +61,7 @@ class CsvOriginal(Original):
         asked = form.dialect_of(source, options)
         with open_bytes(source.path) as file:
             content = file.read()
-        mark, encoding, self._text, rest = _decode(content, asked.encoding)
+        mark, encoding, self._text, rest = decode(content, asked.encoding)
         self._dialect = dialect = replace(asked, encoding=encoding)
         self._find_records()
         digest, size = blake2b(content), len(content)
@@ -292,7 +280,7 @@ class _Recipe:
     @classmethod
     def of(cls, form: TableForm, facts: Mapping[str, Any]) -> _Recipe:
         dialect = replace(form.dialect, **{str(name): str(value) for name, value in facts["dialect"].items()})
-        if not _STATELESS.fullmatch(codecs.lookup(dialect.encoding).name) and dialect.encoding != "latin-1":
+        if not known_encoding(dialect.encoding):
             raise DataError(f"head is damaged: expected an encoding, got {dialect.encoding!r}")
         if not _LINE_END.fullmatch(dialect.newline):
             raise DataError(f"head is damaged: expected the end of a line, got {dialect.newline!r}")
@@ -313,7 +301,7 @@ class _Recipe:
 def _pieces(recipe: _Recipe, parts: Iterable[Part], first: int) -> Iterator[bytes]:
     """The bytes of the file, no more than it had."""
     left = recipe.size
-    encoded = (_encode(text, recipe.dialect.encoding) for text in _texts(recipe, parts, first))
+    encoded = (encode(text, recipe.dialect.encoding) for text in _texts(recipe, parts, first))
     for piece in itertools.chain([recipe.mark], encoded, [recipe.rest]):
         left -= len(piece)
         if left < 0:
@@ -411,38 +399,6 @@ def _join(recipe: _Recipe, values: np.ndarray, side: bytes, last: bool) -> str:
 
 
 # Text and cells ---------------------------------------------------------------------------------------------------
-
-
-def _decode(content: bytes, encoding: str) -> tuple[bytes, str, str, bytes]:
-    """The byte order mark, an encoding whose text stands for exactly these bytes, the text, and a last odd byte."""
-    name = codecs.lookup(encoding).name
-    mark = next((mark for mark, of in _MARKS if content.startswith(mark) and of == name), b"")
-    if name in ("utf-8-sig", "utf-16", "utf-32"):
-        mark, name = next(((mark, of) for mark, of in _MARKS if content.startswith(mark)), (b"", "utf-8"))
-    stop = len(content)
-    if name.startswith("utf-16"):
-        stop -= (stop - len(mark)) % 2
-    body = content[len(mark) : stop]
-    if _STATELESS.fullmatch(name):
-        try:
-            text = body.decode(name, _errors(name))
-            if text.encode(name, _errors(name)) == body:
-                return mark, name, text, content[stop:]
-        except UnicodeError:
-            pass
-    return mark, "latin-1", content[len(mark) :].decode("latin-1"), b""
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    try:
-        return text.encode(encoding, _errors(encoding))
-    except UnicodeError:
-        raise DataError(f"side information is damaged: its text has no place in {encoding}") from None
-
-
-def _errors(encoding: str) -> str:
-    """How bytes that are no text are held as text, so that they come back."""
-    return "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
 
 
 def _records(text: str, begin: np.ndarray, follow: np.ndarray, dialect: Dialect) -> np.ndarray:
