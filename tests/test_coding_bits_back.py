@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from itertools import pairwise
 from typing import ClassVar
@@ -264,6 +265,15 @@ def test_lanes_follow_the_size_of_the_data():
 
 
 # ------------------------------------------------------------------------------------------------------------- damage
+
+
+def test_golden_payload():
+    """Ramp, stirring, lanes and their words: these bytes must come out for ever."""
+    model = Discrete(0.5)
+    payload = encode_rows(model, (np.arange(500) ** 2 % 64)[:, None], schedule=Schedule(20, 3, 5, 20))
+    assert (
+        hashlib.sha256(payload.data).hexdigest() == "049bbf5ba4b35ce383b4aa404c310fed5a8db6254a6f168a87bf79a484680dd9"
+    )
 
 
 def test_damaged_rows_never_pass_for_others():
