@@ -215,6 +215,23 @@ class Column:
         """Whether a cell has a probability (and not a density)."""
         return self.coded or self.resolution is not None
 
+    def to_index(self, values: Tensor) -> Tensor:
+        """Places on the grid of a numeric column, int64, for values that are on it."""
+        assert self.resolution is not None
+        return torch.round(values.double() / self.resolution).long()
+
+    def from_index(self, index: Tensor) -> Tensor:
+        """The values at places on the grid, float64: the floats that their decimal spelling is read as.
+
+        >>> Column("price", "real", resolution=0.1).from_index(torch.tensor([3])).item()
+        0.3
+        """
+        assert self.resolution is not None
+        inverse = round(1.0 / self.resolution)  # 3 / 10 is 0.3, but 3 · 0.1 is not
+        if inverse > 1 and math.isclose(inverse * self.resolution, 1.0, rel_tol=1e-12):
+            return index.double() / torch.tensor(float(inverse), dtype=torch.float64, device=index.device)
+        return index.double() * self.resolution
+
 
 @dataclass(frozen=True)
 class Table(Space):
@@ -433,8 +450,18 @@ class Model(nn.Module):
         """``n`` examples of the space; with a condition, one example for each of its ``n`` rows."""
         raise NotImplementedError
 
-    def codec(self) -> Any:
-        """A pair of push and pop, or :class:`NoCodec` with the reason."""
+    def codec(
+        self, spacing: float | None = None, bound: float | None = None, spare_bits: Sequence[int] | None = None
+    ) -> Any:
+        """A :class:`likely.coding.ModelCodec`: push and pop of batches, on an entropy coder's stack.
+
+        Args:
+            spacing, bound: for ``Reals`` alone: the grid i · spacing within ± bound on which the cells live.
+            spare_bits: for each numeric column of a table without a grid, how many zeros end the bits of all its values.
+
+        Raises:
+            NoCodec: the model has none; the message says why.
+        """
         raise NoCodec(f"model {self.name()!r} has no codec")
 
     def initialise(self, batches: Batches) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,9 @@ from likely.distributions.categorical import sample_categories
 from likely.distributions.heads import TableHead
 from likely.networks import Features, Linear, decoder, encoder, full_precision
 from likely.noise import Noise
+
+if TYPE_CHECKING:
+    from likely.coding.latent import LatentCodec
 
 
 class VAE(Model):
@@ -130,6 +133,8 @@ class VAE(Model):
         width = math.prod(self.condition_features.shape) if self.condition_features is not None else 0
         self.encoder = encoder(network, self.features.shape, width, widths, activation, dropout, blocks)
         self.posterior_head = Linear(self.encoder.out_features, 2 * latent_dim)  # type: ignore[arg-type]
+        self.register_buffer("_working", torch.zeros(()), persistent=False)  # has the dtype of the arithmetic
+        self._working: Tensor
         nn.init.xavier_uniform_(self.posterior_head.weight)
         nn.init.zeros_(self.posterior_head.bias)
         self.decoder = decoder(network, latent_dim + width, space.shape, widths, activation, dropout, blocks)
@@ -326,6 +331,35 @@ class VAE(Model):
         drawn = self.likelihood(picked, context).sample(noise).movedim(1, 0)
         return torch.where(torch.isnan(x), drawn.to(x.dtype), x)
 
+    def codec(
+        self, spacing: float | None = None, bound: float | None = None, spare_bits: Sequence[int] | None = None
+    ) -> LatentCodec:
+        """Bits-back coding (Townsend, Bird & Barber 2019, arXiv 1901.04866) in reproducible arithmetic.
+
+        It costs the one-sample bound, whatever ``samples`` is: nothing codes the k-sample one.
+
+        Raises:
+            NoCodec: the data or the prior have none.
+        """
+        from likely.coding.latent import BOUND, SPACING, LatentCodec
+        from likely.coding.rows import Rows
+        from likely.exact import network
+
+        Rows(self.space)  # refuses spaces without a probability
+        prior = None if self.prior is None else self.prior.codec(SPACING, BOUND)
+        exact = network(self)
+        vae = exact.module
+        assert isinstance(vae, VAE)
+        return LatentCodec(
+            self.space,
+            exact,
+            lambda x, condition: vae.posterior(x, vae._context(condition)),
+            lambda z, condition: vae.likelihood(z, vae._context(condition)),
+            prior,
+            self.latent_dim,
+            spare_bits,
+        )
+
     def initialise(self, batches: Batches) -> None:
         """Scales of the features and the head, and output biases, from one pass over the data."""
         self.features.initialise(batches)
@@ -352,7 +386,7 @@ class VAE(Model):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return self.posterior_head.weight.dtype
+        return self._working.dtype
 
     def _check_weights(self) -> None:
         if self.prior is not None and (kind := _kind(self.prior)) != "exact":

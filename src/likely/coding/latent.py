@@ -1,0 +1,104 @@
+"""The codec of a latent-variable model with a normal posterior: bits-back over a grid of latent values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from likely.coding.bits_back import BitsBack
+from likely.coding.cells import Mask
+from likely.coding.codec import Codec, ModelCodec
+from likely.coding.distributions import codec_of
+from likely.coding.rows import Rows, spare_at_most
+from likely.coding.stack import Integers, Stack
+from likely.contract import Space
+from likely.distributions import Distribution, Normal
+from likely.exact import Network
+
+#: The grid of the latent values: z = i · SPACING within ± BOUND.
+SPACING, BOUND = 2.0**-8, 16.0
+
+
+class LatentCodec:
+    """Codes x with p(z), p(x | z, c) and q(z | x, c); it costs the negative one-sample bound.
+
+    Args:
+        space: of x.
+        network: holds everything that ``posterior`` and ``likelihood`` compute.
+        posterior: ``(x, condition) -> q(z | x, c)``, run by the network.
+        likelihood: ``(z, condition) -> p(x | z, c)``, run by the network.
+        prior: codec of the latent values on the grid, or None for N(0, I).
+        latent_dim: dimension of z.
+        spare_bits: see :meth:`likely.contract.Model.codec`.
+    """
+
+    initial = True
+
+    def __init__(
+        self,
+        space: Space,
+        network: Network,
+        posterior: Callable[[Tensor, Tensor | None], Normal],
+        likelihood: Callable[[Tensor, Tensor | None], Distribution],
+        prior: ModelCodec | None,
+        latent_dim: int,
+        spare_bits: Sequence[int] | None = None,
+    ) -> None:
+        self._rows, self._network, self._prior, self._latent_dim = Rows(space), network, prior, latent_dim
+        self._posterior, self._likelihood = posterior, likelihood
+        self._spare = spare_at_most(spare_bits, space)
+
+    @property
+    def networks(self) -> Mapping[str, Network]:
+        """The reproducible networks by name."""
+        return {"model": self._network, **({} if self._prior is None else self._prior.networks)}
+
+    def push(self, stack: Stack, x: Tensor, condition: Tensor | None = None) -> None:
+        """Code a batch ``(n, *shape)``; NaN marks absent cells."""
+        symbols, present = self._rows.symbols(x)
+        self._codec(len(symbols), condition, present).push(stack, symbols)
+
+    def pop(self, stack: Stack, n: int, condition: Tensor | None = None, present: Mask | None = None) -> Tensor:
+        """Decode a batch of ``n`` examples."""
+        return self._rows.values(self._codec(n, condition, present).pop(stack), present)
+
+    def legal(self, x: Tensor) -> Tensor:
+        """Which cells can be coded: all that are within the space."""
+        return torch.ones(x.shape, dtype=torch.bool)
+
+    def _codec(self, n: int, condition: Tensor | None, present: Mask | None) -> Codec:
+        """The codec of the symbols of ``n`` examples."""
+        device = self._network.device
+        condition = None if condition is None else condition.to(device)
+
+        def likelihood(z: Integers) -> Codec:
+            values = (torch.from_numpy(z).double() * SPACING).float().to(device)
+            return codec_of(self._network.run(self._likelihood, values, condition), present, spare_bits=self._spare)
+
+        def posterior(symbols: Integers) -> Codec:
+            x = self._rows.values(symbols, present).to(device)
+            return codec_of(self._network.run(self._posterior, x, condition), spacing=SPACING, bound=BOUND)
+
+        return BitsBack(self._prior_codec(n), likelihood, posterior)
+
+    def _prior_codec(self, n: int) -> Codec:
+        if self._prior is None:
+            zero = torch.zeros(n, self._latent_dim)
+            return codec_of(Normal(zero, zero), spacing=SPACING, bound=BOUND)
+        return _Batch(self._prior, n)
+
+
+class _Batch:
+    """A model's codec over latent values as the codec of n rows of grid symbols."""
+
+    def __init__(self, codec: ModelCodec, n: int) -> None:
+        self._codec, self._n = codec, n
+
+    def push(self, stack: Stack, symbols: Any) -> None:
+        self._codec.push(stack, torch.from_numpy(symbols).double() * SPACING)
+
+    def pop(self, stack: Stack) -> Integers:
+        return torch.round(self._codec.pop(stack, self._n) / SPACING).long().numpy()
