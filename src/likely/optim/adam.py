@@ -404,7 +404,8 @@ class NAdam(_Moments):
         super().tick(clock, group)
         counted_there = group["capturable"] or torch.compiler.is_compiling()
         t = clock["step"] if counted_there else clock["step"].item()
-        clock["mu_product"].mul_(nadam_mu(t, group["betas"][0], group["momentum_decay"]))
+        mu = nadam_mu(t, group["betas"][0], group["momentum_decay"])
+        clock["mu_product"].mul_(mu)
 
     def moments(self, group: dict[str, Any]) -> dict[str, float]:
         return {"m": 0.0, "v": 0.0}
@@ -416,7 +417,7 @@ class NAdam(_Moments):
             bucket.gradients,
             bucket.state["m"],
             bucket.state["v"],
-            product if bucket.clock["step"] is bucket.t else product.item(),
+            product.view(()) if isinstance(bucket.t, Tensor) else product.item(),
             bucket.t,
             beta1,
             beta2,
@@ -427,7 +428,7 @@ class NAdam(_Moments):
 
 def _fusible(bucket: Bucket, group: dict[str, Any]) -> bool:
     """Whether PyTorch's kernel makes the step that the options ask for."""
-    if group["epsilon"] != "outside" or not group["bias_correction"]:
+    if group["epsilon"] != "outside" or not group["bias_correction"] or torch.compiler.is_compiling():
         return False
     device, dtype = bucket.parameters[0].device, bucket.parameters[0].dtype
     if device.type not in FUSED_ON or dtype not in (torch.float32, torch.float64):

@@ -243,7 +243,9 @@ class UpdateRule(Optimizer):
                 device = parameter.device if group["capturable"] else torch.device("cpu")
                 values = tuple(float(state[name]) for name in self.clock)
                 if (device, values) not in clocks:
-                    clocks[device, values] = {name: state[name].to(device, copy=True) for name in self.clock}
+                    clock = clocks[device, values] = self._new_clock(device)
+                    for tensor, value in zip(clock.values(), values):
+                        tensor.fill_(value)
                 state.update(clocks[device, values])
 
     # The step -----------------------------------------------------------------------------------------------
@@ -383,8 +385,10 @@ class UpdateRule(Optimizer):
 
     def _new_clock(self, device: torch.device) -> dict[str, Tensor]:
         exact = torch.float32 if device.type == "mps" else torch.float64
-        return {
-            name: torch.tensor(value, dtype=torch.float32 if name == "step" else exact, device=device)
+        return {  # torch.compile takes float64 without dimensions for constants: the others have one
+            name: torch.tensor(value, dtype=torch.float32, device=device)
+            if name == "step"
+            else torch.tensor([value], dtype=exact, device=device)
             for name, value in self.clock.items()
         }
 
