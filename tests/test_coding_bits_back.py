@@ -271,9 +271,7 @@ def test_golden_payload():
     """Ramp, stirring, lanes and their words: these bytes must come out for ever."""
     model = Discrete(0.5)
     payload = encode_rows(model, (np.arange(500) ** 2 % 64)[:, None], schedule=Schedule(20, 3, 5, 20))
-    assert (
-        hashlib.sha256(payload.data).hexdigest() == "049bbf5ba4b35ce383b4aa404c310fed5a8db6254a6f168a87bf79a484680dd9"
-    )
+    assert hashlib.sha256(payload.data).hexdigest()[:32] == "049bbf5ba4b35ce383b4aa404c310fed"
 
 
 def test_damaged_rows_never_pass_for_others():

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from likely.coding.errors import Damaged
+from likely.units import bits
 
 Words: TypeAlias = NDArray[np.uint32]
 Integers: TypeAlias = NDArray[np.int64]
@@ -134,7 +135,7 @@ class Stack:
             others = total - f
             if f.min() < _ONE or f.max() > total or (s > others).any():
                 raise ValueError(_no_room(s, f, precision, block.start))
-            self.bits += len(s) * precision - float(np.log2(f).sum())
+            self.bits += len(s) * precision - _log2_of_product(f)
             for part in reversed(self._steps(len(s))):
                 h, spare, flags = self._views(part)
                 np.right_shift(h, keep, out=spare)
@@ -178,7 +179,7 @@ class Stack:
                 h -= _unsigned(start, "start")
                 self._refill(h, np.less(h, _OPEN, out=flags))
             size = block.stop - block.start
-            self.bits -= size * precision - float(np.log2(freqs[:size]).sum())
+            self.bits -= size * precision - _log2_of_product(freqs[:size])
         return symbols
 
     # ------------------------------------------------------------------------------------------------ whole numbers
@@ -206,7 +207,7 @@ class Stack:
                 at = int(np.flatnonzero(v >= r)[0])
                 got = f"got {v[at].astype(np.int64)} at {block.start + at}"
                 raise ValueError(f"values: expected 0 … {r[at] - _ONE}, {got}")
-            self.bits += float(np.log2(r).sum())
+            self.bits += _log2_of_product(r)
             for part in reversed(self._steps(len(v))):
                 h, spare, flags = self._views(part)
                 np.right_shift(h, _32, out=spare)
@@ -246,7 +247,7 @@ class Stack:
                 v[part] = h
                 h[:] = spare
                 self._refill(h, np.less(h, _OPEN, out=flags))
-            self.bits -= float(np.log2(r).sum())
+            self.bits -= _log2_of_product(r)
         return values
 
     # -------------------------------------------------------------------------------------------------------- lanes
@@ -328,7 +329,7 @@ class Stack:
     @property
     def size_bits(self) -> float:
         """Information held in all, in bits: 32 for each word and log2 of each head."""
-        return 32.0 * self._top + float(np.log2(self._heads).sum())
+        return 32.0 * self._top + _log2_of_product(self._heads)
 
     def to_words(self) -> Words:
         """The message as it is stored: words, then heads without their leading zeros (5 bits for each length).
@@ -436,6 +437,10 @@ class Stack:
             self._top, self.supplied = n, self.supplied + short
         self._top -= n
         return self._words[self._top : self._top + n]
+
+
+def _log2_of_product(values: Unsigned) -> float:
+    return bits(float(np.log(values).sum()))
 
 
 def _unsigned(values: ArrayLike, name: str) -> Unsigned:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from likely.coding.errors import Damaged
 from likely.coding.stack import MAX_PRECISION, STIR, STIRRED, UNSTIR, Stack, Supply, Words, initial_words
+from likely.units import bits
 
 #: As ``stack.Find``, on tensors: residues are int64 in [0, 2^P).
 TorchFind: TypeAlias = Callable[[slice, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -82,7 +83,7 @@ class TorchStack:
             h += _divide(h, f[part]) * others[part] + s[part]
             if self._stirring:
                 _stir(h, UNSTIR, precision)
-        self._bits += len(s) * precision - f.double().log2().sum()
+        self._bits += len(s) * precision - bits(f.double().log().sum())
 
     def pop(self, n: int, precision: int, find: TorchFind) -> Tensor:
         """Decode ``n`` symbols: int64, shape ``(n,)``."""
@@ -96,7 +97,7 @@ class TorchStack:
             symbols[part], start, freq = find(part, residues)
             h[:] = _shift_right(h, precision) * freq + (residues - start)
             self._refill(h, _shift_right(h, 32) == 0)
-            self._bits -= len(h) * precision - freq.double().log2().sum()
+            self._bits -= len(h) * precision - bits(freq.double().log().sum())
         self._check_dry()
         return symbols
 
@@ -117,7 +118,7 @@ class TorchStack:
             self._refill(h, _shift_right(h, 32) == 0)
             if self._stirring:
                 _stir(h, UNSTIR)
-        self._bits += r.double().log2().sum()
+        self._bits += bits(r.double().log().sum())
         self._check_dry()
 
     def pop_uniform(self, sizes: Tensor | ArrayLike, n: int | None = None) -> Tensor:
@@ -137,7 +138,7 @@ class TorchStack:
             values[part] = h - quotient * r[part]
             h[:] = quotient
             self._refill(h, _shift_right(h, 32) == 0)
-        self._bits -= r.double().log2().sum()
+        self._bits -= bits(r.double().log().sum())
         self._check_dry()
         return values
 
