@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -66,6 +66,24 @@ class Share:
 
 
 Step: TypeAlias = Interval | Share
+
+
+class CellCodec(Protocol):
+    """A codec of an array of cells that also says what it can code, and at what length."""
+
+    shape: tuple[int, ...]
+
+    def push(self, stack: Stack, symbols: ArrayLike) -> None: ...
+
+    def pop(self, stack: Stack) -> Integers: ...
+
+    def lengths(self, symbols: ArrayLike) -> Floats:
+        """Length of every symbol in bits, from its integer frequencies.  For reports."""
+        ...
+
+    def legal(self, symbols: ArrayLike) -> Mask:
+        """Which symbols the codec can code."""
+        ...
 
 
 class Cells(ABC):

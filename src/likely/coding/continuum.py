@@ -119,7 +119,8 @@ class DoubleCells(IntervalCells):
         cell = super()._pop(stack)
         inner, first, sizes = self._within(cell)
         symbols = np.empty(self.count, np.int64)
-        symbols[inner] = ((first >> self.spare) + share_pop(stack, sizes)) << self.spare
+        found = (first >> self.spare) + share_pop(stack, sizes)
+        symbols[inner] = np.where(found < 0, (found + 1 << self.spare) - 1, found << self.spare)
         outer = np.flatnonzero(~inner)
         high = stack.pop_uniform(1 << 32, len(outer)).view(np.uint64) << np.uint64(32)
         symbols[outer] = (high | stack.pop_uniform(1 << 32, len(outer)).view(np.uint64)).view(np.int64)

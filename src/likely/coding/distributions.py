@@ -13,7 +13,7 @@ array([[1, 1],
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from likely.coding.categories import BernoulliCells, CategoricalCells
-from likely.coding.cells import Cells, Integers, Mask, Step
+from likely.coding.cells import CellCodec, Cells, Integers, Mask
 from likely.coding.continuum import DoubleCells
+from likely.coding.counts import MultinomialRows, NegativeBinomialCells
 from likely.coding.intervals import GridCells, LogisticCells, NormalCells
 from likely.coding.stack import Stack
 from likely.distributions.bernoulli import Bernoulli
 from likely.distributions.categorical import Categorical
+from likely.distributions.counts import Multinomial, NegativeBinomial
 from likely.distributions.heads import TableDistribution
 from likely.distributions.logistic import DiscretizedLogisticMixture, GridLogisticMixture
 from likely.distributions.normal import Normal
@@ -39,7 +41,7 @@ def codec_of(
     spacing: float = 2.0**-8,
     bound: float = 16.0,
     spare_bits: Sequence[int] | None = None,
-) -> Cells:
+) -> CellCodec:
     """Codec of a batch of cells with this distribution.
 
     Args:
@@ -62,6 +64,12 @@ def codec_of(
     if isinstance(distribution, Normal):
         mean, log_scale = _broadcast(distribution.mean, distribution.log_scale)
         return NormalCells(mean, log_scale, spacing, bound, present)
+    if isinstance(distribution, NegativeBinomial):
+        log_mean, log_dispersion = _broadcast(distribution.log_mean, distribution.log_dispersion)
+        return NegativeBinomialCells(log_mean, log_dispersion, present)
+    if isinstance(distribution, Multinomial):
+        log_mean, log_dispersion = _broadcast(distribution.total.log_mean, distribution.total.log_dispersion)
+        return MultinomialRows(_array(distribution.logits), log_mean, log_dispersion, present)
     if isinstance(distribution, GridLogisticMixture):
         numeric = list(range(distribution.means.shape[-2]))
         return RowCells(TableDistribution({}, numeric, distribution), present, spare_bits)
@@ -78,7 +86,7 @@ def _broadcast(*tensors: Tensor) -> list[NDArray[Any]]:
     return list(np.broadcast_arrays(*(_array(tensor) for tensor in tensors)))
 
 
-class RowCells(Cells):
+class RowCells:
     """Rows of a table, column after column: symbols ``(n, columns)`` are codes, grid indices or ranks of floats.
 
     Args:
@@ -92,8 +100,10 @@ class RowCells(Cells):
     ) -> None:
         mixture = rows.mixture
         lead = next(iter(rows.coded.values())).logits if mixture is None else mixture.means
-        super().__init__((lead.shape[0], len(rows.coded) + len(rows.numeric)), present)
-        mask = np.ones(self.shape, bool) if self.kept is None else np.asarray(present)
+        self.shape: tuple[int, ...] = lead.shape[0], len(rows.coded) + len(rows.numeric)
+        mask = np.ones(self.shape, bool) if present is None else np.asarray(present)
+        if mask.shape != self.shape or mask.dtype != np.bool_:
+            raise ValueError(f"present: expected a bool mask of shape {self.shape}, got {mask.dtype} {mask.shape}")
         self.columns: list[Cells] = []
         spare = iter(spare_bits or ())
         for j in range(self.shape[1]):
@@ -108,6 +118,7 @@ class RowCells(Cells):
             self.columns.append(column)
 
     def push(self, stack: Stack, symbols: ArrayLike) -> None:
+        """Code the cells that are there."""
         array = self._rows(symbols)
         for j in reversed(range(self.shape[1])):
             try:
@@ -116,13 +127,16 @@ class RowCells(Cells):
                 raise ValueError(f"column {j}: {error}") from None
 
     def pop(self, stack: Stack) -> Integers:
+        """Decode all cells, 0 where absent."""
         return np.stack([column.pop(stack) for column in self.columns], 1)
 
     def lengths(self, symbols: ArrayLike) -> NDArray[np.float64]:
+        """Bits of every cell."""
         array = self._rows(symbols)
         return np.stack([column.lengths(array[:, j]) for j, column in enumerate(self.columns)], 1)
 
     def legal(self, symbols: ArrayLike) -> Mask:
+        """Which cells can be coded."""
         array = self._rows(symbols)
         return np.stack([column.legal(array[:, j]) for j, column in enumerate(self.columns)], 1)
 
@@ -131,15 +145,6 @@ class RowCells(Cells):
         if array.shape != self.shape:
             raise ValueError(f"symbols: expected shape {self.shape}, got {array.shape}")
         return array
-
-    def _steps(self, symbols: Integers) -> Iterable[Step]:
-        raise NotImplementedError
-
-    def _pop(self, stack: Stack) -> Integers:
-        raise NotImplementedError
-
-    def _legal(self, symbols: Integers) -> Mask:
-        raise NotImplementedError
 
 
 def _numeric_column(mixture: GridLogisticMixture, i: int, present: Mask, spare_bits: Any) -> Cells:
