@@ -29,6 +29,10 @@ class PixelLaw(Protocol):
         """The law of the other colours when the first is ``x``, shape ``(rows,)``."""
         ...
 
+    def __getitem__(self, rows: slice) -> PixelLaw:
+        """The law of some of the pixels."""
+        ...
+
     def log_probs(self, x: Tensor) -> Tensor:
         """log p of each colour given those before it, nats: shape ``(rows, C)`` for levels of shape ``(rows, C)``."""
         ...
@@ -89,6 +93,11 @@ class PixelMixture:
             self.exact,
         )
 
+    def __getitem__(self, rows: slice) -> PixelMixture:
+        parts = (self.logits, self.means, self.log_scales, self.slopes, self.reference)
+        logits, means, log_scales, slopes, reference = (part[rows] for part in parts)
+        return PixelMixture(logits, means, log_scales, slopes, reference, self.levels, self.exact)
+
     def log_probs(self, x: Tensor) -> Tensor:
         law, evidence = self, [torch.logsumexp(self.logits, 1)]
         for colour in x.unbind(1):
@@ -128,6 +137,9 @@ class PixelBernoulli:
         later = self.logits.shape[1] - 1
         sign = (x.to(self.logits.dtype) * 2.0 - 1.0).unsqueeze(-1)
         return PixelBernoulli(self.logits[:, 1:] + self.slopes[:, :later] * sign, self.slopes[:, later:])
+
+    def __getitem__(self, rows: slice) -> PixelBernoulli:
+        return PixelBernoulli(self.logits[rows], self.slopes[rows])
 
     def log_probs(self, x: Tensor) -> Tensor:
         law, found = self, []

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,14 @@ from likely.distributions.pixel import PixelBernoulli, PixelLaw, PixelMixture
 from likely.networks import Features, Linear, full_precision
 from likely.networks.causal import CausalPatch, ResidualRows
 from likely.noise import Noise
+
+if TYPE_CHECKING:
+    from likely.coding.sequential import SequentialCodec
+
+#: ``step(maps, i, j, context)``: see ``PixelCNN._step``.
+Step: TypeAlias = Callable[[Sequence[Tensor], int, int, "Tensor | None"], tuple[Tensor, Tensor, Tensor]]
+#: ``choose(c, i, j, distribution) -> levels``, shape ``(n,)``, of colour c of pixel (i, j).
+Choose: TypeAlias = Callable[[int, int, int, Distribution], Tensor]
 
 #: Rows of patches that are worked off together where no gradient is needed: what fits a processor's cache.
 _ROWS = 16_384
@@ -165,9 +173,9 @@ class PixelCNN(Model):
         relative = (patch - west) / self.unit.to(patch.dtype)
         return torch.cat([relative[:, : self.west], west, relative[:, self.west + 1 :]], 1).flatten(1)
 
-    def _scaled(self, x: Tensor) -> Tensor:
-        """u, channels last."""
-        return x.to(self.output.weight.dtype).movedim(1, -1) * (2.0 / (self.levels - 1)) - 1.0
+    def _to_unit(self, x: Tensor) -> Tensor:
+        """u."""
+        return x.to(self.fill.dtype) * (2.0 / (self.levels - 1)) - 1.0
 
     def _place(self, positions: Tensor, context: Tensor | None) -> Tensor:
         """What the first layer adds for the place in the image and the condition: shape ``(rows, width)``."""
@@ -184,7 +192,7 @@ class PixelCNN(Model):
             positions: the pixels t, int64, shape ``(n, k)``; all by default.
         """
         (colours, height, width), n = self.space.shape, len(x)
-        padded = self.patches[0].pad(self._scaled(x), self.fill.to(self.output.weight.dtype))
+        padded = self.patches[0].pad(self._to_unit(x.movedim(1, -1)), self.fill)
         if positions is None:
             patch = self.patches[0].all(padded).flatten(0, 2)
             places = torch.arange(height * width, device=x.device).expand(n, -1)
@@ -192,7 +200,7 @@ class PixelCNN(Model):
         else:
             patch, places = self.patches[0].some(padded, positions).flatten(0, 1), positions
             values = x.flatten(2).gather(2, positions.unsqueeze(1).expand(-1, colours, -1))
-        context = self._context(condition, self.context)
+        context = self._context(condition)
         if context is not None:
             context = context.repeat_interleave(places.shape[1], 0)
         inputs = self._relative(patch)
@@ -226,46 +234,105 @@ class PixelCNN(Model):
 
     # Pixel after pixel ---------------------------------------------------------------------------------------
 
-    def _in_order(
-        self, n: int, context: Tensor | None, choose: Callable[[int, int, int, Distribution], Tensor], layers: Layers
-    ) -> Tensor:
-        """Images whose cells are chosen one after another, each from its law given those before it.
+    def _walk(self, n: int, context: Tensor | None, step: Step | None = None) -> Generator[Distribution, Tensor, None]:
+        """The distributions of all cells of n images, in order; each cell's levels ``(n,)`` are sent before the next.
 
         Nothing is computed twice: every stage keeps the map that the next one looks at.
 
         Args:
-            choose: ``(c, i, j, distribution) -> levels``, shape ``(n,)`` each, of colour c of pixel (i, j).
-
-        Returns:
-            levels, shape ``(n, C, H, W)``.
+            step: what computes a pixel, in reproducible arithmetic; by default the layers themselves do.
         """
         colours, height, width = self.space.shape
-        like = self.output.weight
-        x = like.new_zeros(n, colours, height, width)
-        fills = [self.fill.to(like)] + [like.new_zeros(like.shape[1])] * (len(self.patches) - 1)
+        fills = [self.fill] + [self.fill.new_zeros(self.row.shape[1])] * (len(self.patches) - 1)
         maps = [patches.empty(n, height, width, fill) for patches, fill in zip(self.patches, fills)]
         for i, j in itertools.product(range(height), range(width)):
-            patch = self.patches[0].at(maps[0], i, j)
-            inputs = self._relative(patch)
-            h = layers.stages[0](inputs, self._place(torch.full((n,), i * width + j, device=like.device), context))
-            for patches, stage, seen in zip(self.patches[1:], layers.stages[1:], maps[1:]):
-                patches.write(seen, i, j, h)
-                h = stage(patches.at(seen, i, j).flatten(1))
-            law = self._law(layers.output(h), layers.linear(inputs), patch, layers.exact)
-            for c in range(colours):
-                x[:, c, i, j] = choose(c, i, j, law.first)
-                if c + 1 < colours:
-                    law = law.given(x[:, c, i, j])
-            self.patches[0].write(maps[0], i, j, x[:, :, i, j] * (2.0 / (self.levels - 1)) - 1.0)
-        return x
+            numbers, linear, patch = (step or self._step)(maps, i, j, context)
+            law = self._law(numbers, linear, patch, exact=step is not None)
+            levels = [(yield law.first)]
+            for _ in range(colours - 1):
+                law = law.given(levels[-1])
+                levels.append((yield law.first))
+            self.patches[0].write(maps[0], i, j, self._to_unit(torch.stack(levels, 1)))
+
+    def _step(self, maps: Sequence[Tensor], i: int, j: int, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers, linear part and patch of pixel (i, j) of every image, for :meth:`_law`; extends the maps."""
+        patch = self.patches[0].at(maps[0], i, j)
+        inputs = self._relative(patch)
+        place = self.row[i] + self.column[j]
+        h = self.stages[0](inputs, place if context is None else place + context)
+        for patches, stage, seen in zip(self.patches[1:], self.stages[1:], maps[1:]):
+            patches.write(seen, i, j, h)
+            h = stage(patches.at(seen, i, j).flatten(1))
+        return self.output(h), self.linear(inputs), patch
+
+    def _row(self, padded: Tensor, i: int, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`_step` gives, for all pixels of a row: those of column 0 first.  For one stage."""
+        patches = self.patches[0]
+        patch = patches.all(padded[:, i : i + patches.rows + 1]).squeeze(1).transpose(0, 1)
+        width, n = patch.shape[:2]
+        place = (self.row[i] + self.column).unsqueeze(1).expand(width, n, -1)
+        place = place if context is None else place + context
+        patch = patch.flatten(0, 1)
+        inputs = self._relative(patch)
+        return self.output(self.stages[0](inputs, place.flatten(0, 1))), self.linear(inputs), patch
+
+    def codec(
+        self, spacing: float | None = None, bound: float | None = None, spare_bits: Sequence[int] | None = None
+    ) -> SequentialCodec:
+        """Cell after cell in raster order, all images of a batch side by side, in reproducible arithmetic.
+
+        With one stage the encoder takes a row of pixels at a time, the last one first; with more it walks as the
+        decoder does.
+        """
+        from likely.coding.sequential import SequentialCodec
+        from likely.exact import network
+
+        exact = network(self)
+        model = exact.module
+        assert isinstance(model, PixelCNN)
+        colours, height, width = self.space.shape
+
+        def context_of(condition: Tensor | None) -> Tensor | None:
+            return exact.run(model._context, condition)
+
+        def step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+            return exact.run(model._step, *arguments)
+
+        def walk(n: int, condition: Tensor | None) -> Generator[Distribution, Tensor, None]:
+            return model._walk(n, context_of(condition), step)
+
+        def backwards(x: Tensor, condition: Tensor | None) -> Iterator[Distribution]:
+            context, n = context_of(condition), len(x)
+            padded = model.patches[0].pad(model._to_unit(x.movedim(1, -1)), model.fill)
+            for i in reversed(range(height)):
+                numbers, linear, patch = exact.run(model._row, padded, i, context)
+                laws = [model._law(numbers, linear, patch, exact=True)]
+                for c in range(colours - 1):
+                    laws.append(laws[-1].given(x[:, c, i].t().flatten()))
+                for j in reversed(range(width)):
+                    for law in reversed(laws):
+                        yield law[j * n : (j + 1) * n].first
+
+        order = torch.arange(self.space.dims).reshape(self.space.shape).permute(1, 2, 0).flatten().tolist()
+        return SequentialCodec(self.space, exact, order, walk, backwards if len(self.stages) == 1 else None)
 
     def sample(self, n: int, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         """Each colour of each pixel drawn from its law given all before it."""
         noise = noise_or_global(noise, self)
-        layers = Layers.of(self)
         with torch.no_grad():
-            context = self._context(condition, self.context)
-            return self._in_order(n, context, lambda c, i, j, law: law.sample(noise), layers)
+            walk = self._walk(n, self._context(condition))
+            return self._collected(n, walk, lambda c, i, j, law: law.sample(noise))
+
+    def _collected(self, n: int, walk: Generator[Distribution, Tensor, None], choose: Choose) -> Tensor:
+        """The images that come of a walk: levels, shape ``(n, C, H, W)``."""
+        colours, height, width = self.space.shape
+        x = self.fill.new_zeros(n, colours, height, width)
+        law = next(walk)
+        for i, j, c in itertools.product(range(height), range(width), range(colours)):
+            x[:, c, i, j] = choose(c, i, j, law)
+            if (i, j, c) != (height - 1, width - 1, colours - 1):
+                law = walk.send(x[:, c, i, j])
+        return x
 
     def impute(
         self,
@@ -289,7 +356,7 @@ class PixelCNN(Model):
         noise, n = noise_or_global(noise, x), len(x)
         m = draws or samples
         shared = _SharedNoise(noise, n, m)
-        known = x.to(self.output.weight.dtype).repeat_interleave(m, 0)
+        known = x.to(self.fill.dtype).repeat_interleave(m, 0)
 
         def choose(c: int, i: int, j: int, law: Distribution) -> Tensor:
             cells = known[:, c, i, j]
@@ -297,9 +364,9 @@ class PixelCNN(Model):
             return torch.where(missing, law.sample(shared), cells) if bool(missing.any()) else cells
 
         with torch.no_grad():
-            context = self._context(condition, self.context)
+            context = self._context(condition)
             context = None if context is None else context.repeat_interleave(m, 0)
-            filled = self._in_order(n * m, context, choose, Layers.of(self)).reshape(n, m, *x.shape[1:]).to(x.dtype)
+            filled = self._collected(n * m, self._walk(n * m, context), choose).reshape(n, m, *x.shape[1:]).to(x.dtype)
         return filled.movedim(1, 0) if draws else torch.where(torch.isnan(x), filled.mean(1).round(), x)
 
     def _check_order(self, x: Tensor) -> None:
@@ -343,32 +410,14 @@ class PixelCNN(Model):
         """Two stages of eight features."""
         return cls(space, condition, field=(1, 1), width=8, layers=1, stages=2, components=2, activation="tanh")
 
-    def _context(self, condition: Tensor | None, layer: Callable[[Tensor], Tensor] | None) -> Tensor | None:
+    def _context(self, condition: Tensor | None) -> Tensor | None:
         """What the condition adds in the first layer: shape ``(n, width)``, or None."""
         if (condition is None) != (self.condition_features is None):
             expected = "a condition" if condition is None else "no condition"
             raise ValueError(f"condition: this model was built with {expected}")
-        if condition is None or self.condition_features is None or layer is None:
+        if condition is None or self.condition_features is None or self.context is None:
             return None
-        return layer(self.condition_features(condition, self.output.weight.dtype).flatten(1))
-
-
-Rows = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Layers:
-    """The layers that act on rows: the model's own, or their reproducible twins."""
-
-    stages: Sequence[Rows]
-    linear: Rows
-    output: Rows
-    exact: bool
-
-    @classmethod
-    def of(cls, model: PixelCNN) -> Layers:
-        """The model's own layers."""
-        return cls(list(model.stages), model.linear, model.output, False)
+        return self.context(self.condition_features(condition, self.fill.dtype).flatten(1))
 
 
 class _SharedNoise:
