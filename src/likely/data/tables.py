@@ -711,9 +711,11 @@ def _object_cells(values: np.ndarray, absent: np.ndarray, dtype: str, name: str,
         numbers = np.array([math.nan if a else float(v) for a, v in zip(absent, values)])
         return NumberCells(numbers, "object:int" if whole else "object:float")
     usual = Counter(type(v) for v in present).most_common(1)[0][0]
-    index = next(i for i, (a, v) in enumerate(zip(absent, values)) if not a and type(v) is not usual)
+    odd = [i for i, (a, v) in enumerate(zip(absent, values)) if not a and type(v) is not usual]
+    index = odd[0] if odd else int(np.flatnonzero(~absent)[0])
+    expected = f"values of one type ({usual.__name__})" if odd else "text, numbers or truth values"
     raise DataError(
-        f"{where.cell(index, name)}: expected values of one type ({usual.__name__}), got {values[index]!r} of type "
+        f"{where.cell(index, name)}: expected {expected}, got {values[index]!r} of type "
         f"{type(values[index]).__name__}; convert the column, e.g. with .astype(str)"
     )
 

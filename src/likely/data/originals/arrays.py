@@ -255,13 +255,15 @@ class ArrayOriginal(Original):
             put_fixed(out, np.ascontiguousarray(chunk), expected)
         for i, (name, j) in enumerate(self._columns):
             labels = _column(self._labels[name], j)[start:stop]
-            from_condition = fixed_from(self._form.given[i], cast(np.ndarray, self._condition)[start:stop, i], labels.dtype)
+            from_condition = fixed_from(
+                self._form.given[i], cast(np.ndarray, self._condition)[start:stop, i], labels.dtype
+            )
             if bits_differ(labels, from_condition).any():
                 out.number(1 + i)
                 put_fixed(out, labels, from_condition)
         for extra in self._extras.values():
             out.items(np.ascontiguousarray(extra[start:stop]))
-        return Rows(x, condition, out.bytes())
+        return Rows(x, condition, out.content())
 
 
 def _declared(source: Source, name: str, array: np.ndarray) -> np.ndarray:
@@ -372,7 +374,9 @@ class _Recipe:
             raise DataError(f"head is damaged: expected a way to compute fractions, got {facts['way']!r}")
         self.cells = Cells(form, dtype, facts["way"])
         self.labels = [(str(name), _dtype(kind, "biufUSmM"), tuple(map(whole, s))) for name, kind, s in facts["labels"]]
-        self.extras = [(str(name), _dtype(kind, "biufcUSmMV"), tuple(map(whole, s))) for name, kind, s in facts["extras"]]
+        self.extras = [
+            (str(name), _dtype(kind, "biufcUSmMV"), tuple(map(whole, s))) for name, kind, s in facts["extras"]
+        ]
         wide = sum(shape[0] if shape else 1 for _, _, shape in self.labels)
         if self.labels and wide != len(form.given):
             raise DataError("head is damaged: expected a label for each column of the condition")
@@ -399,9 +403,7 @@ class _Recipe:
                     found = get_fixed(reader, n, kind, found)
                     tag = self._tag(reader, rest, 1 + i, len(columns))
                 labels.append(found)
-            extras = [
-                reader.items(n * math.prod(shape), kind).reshape(n, *shape) for _, kind, shape in self.extras
-            ]
+            extras = [reader.items(n * math.prod(shape), kind).reshape(n, *shape) for _, kind, shape in self.extras]
             if not reader.done:
                 raise damaged("it goes on behind its end")
         return expected, labels, extras

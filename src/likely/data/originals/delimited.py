@@ -8,9 +8,7 @@ cells is kept as a line.
 from __future__ import annotations
 
 import csv
-import io
 import itertools
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -63,7 +61,7 @@ class CsvOriginal(Original):
             content = file.read()
         mark, encoding, self._text, rest = decode(content, asked.encoding)
         self._dialect = dialect = replace(asked, encoding=encoding)
-        self._find_records()
+        self._begin, self._stop, self._next = _find_records(self._text, dialect)
         digest, size = blake2b(content), len(content)
         del content
         if not len(self._stop):
@@ -102,35 +100,11 @@ class CsvOriginal(Original):
             "open": self._open,
             "start": self._text[:start],
             "end": self._text[last:],
-            "columns": [
-                {"is": i, **speller.spelling.to_dict()} for i, speller in zip(self._wanted, self._spellers)
-            ],
+            "columns": [{"is": i, **speller.spelling.to_dict()} for i, speller in zip(self._wanted, self._spellers)],
         }
         super().__init__("csv", "bytes", n, size, digest, facts, compression(source.path))
 
     # Records ------------------------------------------------------------------------------------------------------
-
-    def _find_records(self) -> None:
-        """Where each record begins and stops, and where its end of line does: offsets into the text."""
-        text, dialect = self._text, self._dialect
-        spans = [match.span() for match in _LINE_END.finditer(text)]
-        if not spans or spans[-1][1] < len(text):
-            spans.append((len(text), len(text)))
-        stop, follow = np.array(spans, dtype=np.int64).T
-        begin = np.concatenate([[0], follow[:-1]])
-        if '"' in text:
-            lasts = _records(text, begin, follow, dialect)
-            firsts = np.concatenate([[0], lasts[:-1] + 1])
-            begin, stop, follow = begin[firsts], stop[lasts], follow[lasts]
-        filled = stop > begin
-        if not filled.all():
-            rows = np.flatnonzero(filled)
-            kept = filled.copy()
-            if len(rows) and len(_cut(text[begin[rows[0]] : stop[rows[0]]], dialect)) == 1:
-                # In a file of one column an empty line between two others is an empty cell.
-                kept[rows[0] : rows[-1] + 1] = True
-            begin, stop, follow = begin[kept], stop[kept], follow[kept]
-        self._begin, self._stop, self._next = begin, stop, follow
 
     def _end(self, row: int) -> str:
         return self._text[self._stop[row] : self._next[row]]
@@ -239,7 +213,7 @@ class CsvOriginal(Original):
                 out.number(tag + _STYLED)
                 out.places(rows[styles >= 0], len(regular))
                 out.numbers(styles[styles >= 0])
-        return out.bytes()
+        return out.content()
 
 
 def _texts_at(out: Writer, tag: int, places: np.ndarray, n: int, texts: Sequence[str]) -> None:
@@ -279,7 +253,8 @@ class _Recipe:
 
     @classmethod
     def of(cls, form: TableForm, facts: Mapping[str, Any]) -> _Recipe:
-        dialect = replace(form.dialect, **{str(name): str(value) for name, value in facts["dialect"].items()})
+        said: Any = {str(name): str(value) for name, value in facts["dialect"].items()}
+        dialect = replace(form.dialect, **said)
         if not known_encoding(dialect.encoding):
             raise DataError(f"head is damaged: expected an encoding, got {dialect.encoding!r}")
         if not _LINE_END.fullmatch(dialect.newline):
@@ -393,12 +368,32 @@ def _join(recipe: _Recipe, values: np.ndarray, side: bytes, last: bool) -> str:
     for row, end in zip(ended, ends):
         after[row] = end
     ahead = dict(zip(parted, between))
-    return "".join(
-        itertools.chain.from_iterable((ahead.get(row, ""), records[row], after[row]) for row in range(n))
-    )
+    return "".join(itertools.chain.from_iterable((ahead.get(row, ""), records[row], after[row]) for row in range(n)))
 
 
 # Text and cells ---------------------------------------------------------------------------------------------------
+
+
+def _find_records(text: str, dialect: Dialect) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each record begins and stops, and where its end of line does: offsets into the text."""
+    spans = [match.span() for match in _LINE_END.finditer(text)]
+    if not spans or spans[-1][1] < len(text):
+        spans.append((len(text), len(text)))
+    stop, follow = np.array(spans, dtype=np.int64).T
+    begin = np.concatenate([[0], follow[:-1]])
+    if '"' in text:
+        lasts = _records(text, begin, follow, dialect)
+        firsts = np.concatenate([[0], lasts[:-1] + 1])
+        begin, stop, follow = begin[firsts], stop[lasts], follow[lasts]
+    filled = stop > begin
+    if not filled.all():
+        rows = np.flatnonzero(filled)
+        kept = filled.copy()
+        if len(rows) and len(_cut(text[begin[rows[0]] : stop[rows[0]]], dialect)) == 1:
+            # In a file of one column an empty line between two others is an empty cell.
+            kept[rows[0] : rows[-1] + 1] = True
+        begin, stop, follow = begin[kept], stop[kept], follow[kept]
+    return begin, stop, follow
 
 
 def _records(text: str, begin: np.ndarray, follow: np.ndarray, dialect: Dialect) -> np.ndarray:

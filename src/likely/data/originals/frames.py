@@ -125,7 +125,7 @@ def _pack(values: Sequence[Any], what: str) -> str:
     out = Writer()
     out.number(len(values))
     put_objects(out, values, what)
-    return out.bytes().hex()
+    return out.content().hex()
 
 
 def _unpack(packed: str, limit: int) -> list[Any]:
@@ -156,7 +156,7 @@ def _take(series: pd.Series, what: str) -> _Cells:
     if isinstance(dtype, pd.StringDtype):
         facts = {"string": [dtype.storage, "NaN" if dtype.na_value is not pd.NA else "NA"]}
         return _Cells(facts, objects=list(series.array))
-    if dtype == object:
+    if isinstance(dtype, np.dtype) and dtype.kind == "O":
         return _Cells({"objects": "object"}, objects=list(series.to_numpy()))
     raise DataError(f"{what}: cannot keep a column of dtype {dtype}; convert it, e.g. with .astype(str)")
 
@@ -247,18 +247,19 @@ def _expect(column: TableColumn, sort: _Cells, words: Sequence[Any], absent: Seq
     return _Cells(sort.facts, objects=objects)
 
 
-def digest_of(frame: pd.DataFrame) -> tuple[bytes, int]:
+def digest_of(frame: pd.DataFrame, name: str = "DataFrame") -> tuple[bytes, int]:
     """Digest of a table's content, whatever wrote it, and its size in bytes."""
     digest, size = hashlib.blake2b(digest_size=16), 0
     digest.update(json.dumps(_labels(frame), sort_keys=True).encode())
     for part in (_index_frame(frame), frame):
         for place in range(part.shape[1]):
-            cells = _take(part.iloc[:, place], f"column {place}")
+            what = f"{name}, column {part.columns[place]!r}"
+            cells = _take(part.iloc[:, place], what)
             out = Writer()
-            cells.put(out, None, f"column {place}")
+            cells.put(out, None, what)
             digest.update(json.dumps(cells.facts, sort_keys=True).encode())
-            digest.update(out.bytes())
-            size += len(out.bytes())
+            digest.update(out.content())
+            size += len(out.content())
     return digest.digest(), size
 
 
@@ -275,7 +276,8 @@ def _index_frame(frame: pd.DataFrame) -> pd.DataFrame:
 def _labels(frame: pd.DataFrame) -> dict[str, Any]:
     """Facts about the index and the labels of the columns."""
     pd = _pandas()
-    index, columns = frame.index, frame.columns
+    index: Any = frame.index
+    columns: Any = frame.columns
     out: dict[str, Any] = {"names": _pack(list(index.names), "index"), "axis": _pack(list(columns.names), "columns")}
     if type(index) is pd.RangeIndex:
         out["range"] = [index.start, index.stop, index.step]
@@ -338,7 +340,7 @@ class FrameOriginal(Original):
                     words = words_of(column, cells.objects, values)
             self._cells.append(cells)
             self._words.append(words)
-        digest, size = digest_of(frame)
+        digest, size = digest_of(frame, source.name)
         facts = {
             **_labels(frame),
             "absent": None if absent == form.missing else list(absent),
@@ -353,7 +355,7 @@ class FrameOriginal(Original):
     def _read(self, column: TableColumn, series: pd.Series, name: str, where: Where) -> tuple[np.ndarray, np.ndarray]:
         try:
             cells = series_cells(series, name, where)
-        except DataError:  # values of several types, or of one that no column of the schema has
+        except (DataError, OverflowError):  # values of several types, or of one that no column of the schema has
             return np.zeros(len(series)), np.zeros(len(series), dtype=bool)
         return read_cells(column, cells, self._absent)
 
@@ -377,7 +379,7 @@ class FrameOriginal(Original):
                     continue
             out.number(place)
             here.put(out, expected, f"column {place + 1}")
-        return Rows(x, condition, out.bytes())
+        return Rows(x, condition, out.content())
 
 
 def _read_parquet(source: Source) -> tuple[pd.DataFrame, str]:

@@ -79,7 +79,7 @@ class FolderOriginal(Original):
         for row, name in enumerate(self._names):
             content = self._kept[row].read_bytes() if row in self._kept else None
             size += _add(digest, name, self._mode, np.asarray(self._array[row]), content)
-        facts = {"mode": self._mode, "dtype": self._array.dtype.str, "way": self._cells.way}
+        facts = {"mode": self._mode, "dtype": self._array.dtype.str}
         super().__init__("images", "content", len(files), size, digest.digest(), facts)
 
     def _rows(self, start: int, stop: int, legal: Legal | None) -> Rows:
@@ -100,7 +100,7 @@ class FolderOriginal(Original):
             out.numbers(np.array(list(map(len, contents)), np.uint64))
             out.raw(b"".join(contents))
         condition = None if self._condition is None else torch.from_numpy(self._condition[start:stop].copy())
-        return Rows(x, condition, out.bytes())
+        return Rows(x, condition, out.content())
 
 
 def _mode(picture: Any, shape: Sequence[int]) -> str | None:

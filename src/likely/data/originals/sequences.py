@@ -114,7 +114,7 @@ class TextOriginal(Original):
             expected = x.reshape(-1)[: len(content)].numpy().astype(np.uint8)
             if (expected != content).any():
                 put_fixed(out, content, expected)
-        return Rows(x, None, out.bytes())
+        return Rows(x, None, out.content())
 
 
 def _text_pieces(form: SequenceForm, facts: Mapping[str, Any], parts: Iterable[Part], first: int) -> Iterator[bytes]:
@@ -171,7 +171,9 @@ class LinesOriginal(Original):
         self._facts = {"media": "fasta" if fasta else "lines", **facts}
         self._texts = []
         media = str(self._facts["media"])
-        super().__init__(media, "bytes", len(self._records), len(content), blake2b(content), facts, compression(source.path))
+        super().__init__(
+            media, "bytes", len(self._records), len(content), blake2b(content), facts, compression(source.path)
+        )
 
     def _rows(self, start: int, stop: int, legal: Legal | None) -> Rows:
         if self.media == "strings":
@@ -181,14 +183,15 @@ class LinesOriginal(Original):
         last = self._facts["open"] and stop == self.n
         out = Writer()
         if self.media == "fasta":
-            titles, texts = zip(*map(_read_record, records)) if records else ((), ())
-            rows = self._rows_of(list(texts), legal, out)
+            read = list(map(_read_record, records))
+            titles, texts = [title for title, _ in read], [text for _, text in read]
+            rows = self._rows_of(texts, legal, out)
             shown = _records_of(titles, texts, self._facts["wrap"], self._facts["newline"], last)
             if any(titles):
                 out.number(_TITLES)
-                out.texts(list(titles))
+                out.texts(titles)
             _put_odd(out, _RECORDS, records, shown)
-            return Rows(rows.x, None, out.bytes())
+            return Rows(rows.x, None, out.content())
         lines = [record.rstrip("\r\n") for record in records]
         words = [_first_word(line) for line in lines] if self._form.first_word else [("", line, "") for line in lines]
         rows = self._rows_of([word for _, word, _ in words], legal, out)
@@ -197,14 +200,14 @@ class LinesOriginal(Original):
         if last:
             ends[-1] = ""
         _put_odd(out, _ENDS, [record[len(line) :] for record, line in zip(records, lines)], ends)
-        return Rows(rows.x, None, out.bytes())
+        return Rows(rows.x, None, out.content())
 
     def _rows_of(self, texts: Sequence[str], legal: Legal | None, out: Writer) -> Rows:
         x = self._symbols.take(texts)
         if legal is not None:
             settle(x, legal, [np.array(self._form.padding), np.array(0)])
         _put_odd(out, _WORDS, texts, self._symbols.make(x))
-        return Rows(x, None, out.bytes())
+        return Rows(x, None, out.content())
 
 
 def _put_odd(out: Writer, tag: int, texts: Sequence[str], expected: Sequence[str]) -> None:
@@ -261,7 +264,7 @@ def _digest_texts(texts: Sequence[str]) -> tuple[bytes, int]:
     out.number(len(texts))
     out.numbers(np.array(list(map(len, texts)), np.uint64))
     content = "".join(texts).encode("utf-8", "surrogatepass")
-    return blake2b(out.bytes() + content), len(content)
+    return blake2b(out.content() + content), len(content)
 
 
 def _line_parts(form: SequenceForm, facts: Mapping[str, Any], parts: Iterable[Part], first: int) -> Iterator[list[str]]:

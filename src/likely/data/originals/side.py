@@ -53,7 +53,7 @@ class Writer:
     def __init__(self) -> None:
         self._parts: list[bytes] = []
 
-    def bytes(self) -> bytes:
+    def content(self) -> bytes:
         """All fields so far."""
         return b"".join(self._parts)
 

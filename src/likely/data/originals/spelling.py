@@ -475,7 +475,7 @@ class Speller:
         margins: Counter[tuple[int, int]] = Counter()
         right: Counter[int] = Counter()
         left: Counter[int] = Counter()
-        forced = {bit: 0 for bit in (_EMPTY, _ABSENT, _NUMBER, _WORD)}
+        forced = dict.fromkeys((_EMPTY, _ABSENT, _NUMBER, _WORD), 0)
         for cell, count in sample.items():
             text, quoted = undressed[cell]
             core = cell.strip(" ")

@@ -7,6 +7,7 @@ text), or a list of Python objects.  Nothing is unpickled: objects are of the so
 from __future__ import annotations
 
 import datetime
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -264,13 +265,12 @@ def _get_sort(reader: Reader, sort: int, n: int, depth: int) -> Sequence[Any]:
             if any(kind.kind not in "biufcmMUS" for kind in kinds):
                 raise damaged("expected NumPy scalars")
             return [np.frombuffer(reader.raw(kind.itemsize), kind)[0] for kind in kinds]
-        import pandas as pd
-
+        pd: Any = importlib.import_module("pandas")
         if sort in (_NA, _NAT):
             return [pd.NA if sort == _NA else pd.NaT] * n
         if sort in (_TIMESTAMP, _TIMEDELTA):
             units, make = reader.texts(n), pd.Timestamp if sort == _TIMESTAMP else pd.Timedelta
-            return [make(int(t), unit=u).as_unit(u) for t, u in zip(reader.signed(n).tolist(), units)]  # type: ignore[attr-defined]
+            return [make(int(t), unit=u).as_unit(u) for t, u in zip(reader.signed(n).tolist(), units)]
         if sort == _INTERVAL:
             closed = reader.texts(n)
             if not set(closed) <= set(_CLOSED):
