@@ -1,8 +1,8 @@
 """Activation functions: from a table in float32, computed by IEEE-only functions, or by these functions in float64.
 
-A table holds f(i / 256) for |i / 256| ≤ its reach, and beyond it the function's asymptote takes over.  It is built from
-:mod:`likely.exact.functions`, so every machine has the same table; it is looked up by an integer, so there is no rounding
-left to differ.  The step of 1/256 is finer than what the next layer's integers resolve.
+A table holds f(i / 256) for |i / 256| ≤ its reach, and beyond it the function's asymptote takes over.  It is built
+from :mod:`likely.exact.functions`, so every machine has the same table; it is looked up by an integer, so there is no
+rounding left to differ.  The step of 1/256 is finer than what the next layer's integers resolve.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from likely.exact import functions
-from likely.exact.profiles import Profile, Rule, check
+from likely.exact.profiles import Profile, Rule, check, parts
 
 #: Entries per unit.
 STEPS = 256
@@ -97,8 +97,11 @@ class Activation(Rule):
     def __init__(self, curve: Curve, profile: Profile) -> None:
         super().__init__()
         self.curve, self.profile = curve, profile
-        self.middle = curve.reach * STEPS
-        grid = torch.arange(-self.middle, self.middle + 1, dtype=torch.float64) * (1.0 / STEPS)
+        middle = curve.reach * STEPS
+        #: The place of 0: half a step is added before the fraction is cut off, so entry i serves [i − ½, i + ½) / 256.
+        self.zero = middle + 0.5
+        self._end = 2.0 * middle
+        grid = torch.arange(-middle, middle + 1, dtype=torch.float64) * (1.0 / STEPS)
         values = curve.function(grid)
         values[0], values[-1] = (
             line[1] if not line[0] else end for line, end in zip((curve.left, curve.right), values[[0, -1]])
@@ -106,37 +109,50 @@ class Activation(Rule):
         self.register_buffer("table", values.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.profile.dtype:
-            x = x.to(self.profile.dtype)
-        if not x.numel():
-            return x
-        largest = check(x)
-        y = self._computed(x) if x.dtype == torch.float64 else self._looked_up(x)
-        return self._beyond(x, y) if largest > self.curve.reach else y
+        x = x if x.dtype == self.profile.dtype else x.to(self.profile.dtype)
+        y = torch.empty_like(x)
+        for part in parts(x):
+            self.values(x[part], y[part])
+        return y
+
+    def values(self, x: Tensor, out: Tensor) -> Tensor:
+        """Put the values for x into ``out``."""
+        check(x)
+        if self.by_table:
+            return self.replace_(torch.mul(x, float(STEPS), out=out).add_(self.zero))
+        return self.replace_(out.copy_(x))
+
+    @property
+    def by_table(self) -> bool:
+        """Whether the values come from the table."""
+        return self.profile.dtype == torch.float32
+
+    def replace_(self, x: Tensor) -> Tensor:
+        """Replace numbers by the values; with a table, replace places in it, x · 256 + ``zero``."""
+        return self._look_up_(x) if self.by_table else self._compute_(x)
+
+    def _look_up_(self, place: Tensor) -> Tensor:
+        right, left = self.curve.right[0], self.curve.left[0]
+        beyond = bool((right and place.amax() > self._end) or (left and place.amin() < 0.0))
+        x = (place - self.zero) * (1.0 / STEPS) if beyond else place
+        last = place.dim() == 4 and place.is_contiguous(memory_format=torch.channels_last)
+        dense = place.permute(0, 2, 3, 1) if last else place
+        index = (
+            dense.clamp_(0.0, self._end).to(torch.int32).to(torch.int64).view(-1)
+        )  # quicker in two steps than in one
+        torch.index_select(self.table, 0, index, out=dense.view(-1))
+        return self._beyond_(x, place) if beyond else place
+
+    def _compute_(self, x: Tensor) -> Tensor:
+        return self._beyond_(x.clone(), x.copy_(self.curve.function(x)))
+
+    def _beyond_(self, x: Tensor, y: Tensor) -> Tensor:
+        """Put the asymptotes into y where |x| is out of reach."""
+        reach = self.curve.reach
+        for out, (slope, constant) in ((x > reach, self.curve.right), (x < -reach, self.curve.left)):
+            y.copy_(torch.where(out, x * slope if slope else constant, y))
+        return y
 
     def probe_input(self) -> Tensor:
         """Where the probe looks: beyond both ends, and between."""
         return torch.arange(-700, 701, device=self.table.device, dtype=self.profile.dtype) * (self.curve.reach / 512.0)
-
-    def _computed(self, x: Tensor) -> Tensor:
-        return self.curve.function(x)
-
-    def _looked_up(self, x: Tensor) -> Tensor:
-        # Half a step is added before the fraction is cut off: entry i serves [i − ½, i + ½) / 256.
-        index = torch.mul(x, float(STEPS)).add_(self.middle + 0.5).clamp_(0.0, 2.0 * self.middle).to(torch.int64)
-        last = index.is_contiguous(memory_format=torch.channels_last) if index.dim() == 4 else False
-        dense = index.permute(0, 2, 3, 1) if last else index.contiguous()
-        y = self.table.index_select(0, dense.view(-1)).view(dense.shape)
-        return y.permute(0, 3, 1, 2) if last else y
-
-    def _beyond(self, x: Tensor, y: Tensor) -> Tensor:
-        """The asymptotes that are lines; the constant ones are the table's ends."""
-        for beyond, (slope, constant) in (
-            (x > self.curve.reach, self.curve.right),
-            (x < -self.curve.reach, self.curve.left),
-        ):
-            if slope:
-                y = torch.where(beyond, x * slope, y)
-            elif x.dtype == torch.float64:
-                y = torch.where(beyond, constant, y)
-        return y

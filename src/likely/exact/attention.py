@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from likely.exact import functions
-from likely.exact.layers import Affine, whole_activations
+from likely.exact.layers import affine, whole_activations
 from likely.exact.products import BatchedProduct
 from likely.exact.profiles import LARGEST, Profile, Rule, Uncovered
 
@@ -132,9 +132,9 @@ class MultiheadAttention(Rule):
         else:
             weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
         biases = (None, None, None) if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
-        self.projections = nn.ModuleList(_affine(w, b, profile) for w, b in zip(weights, biases))
+        self.projections = nn.ModuleList(affine(w, b, profile) for w, b in zip(weights, biases))
         self.attention = Attention(profile)
-        self.output = Affine(layer.out_proj, profile)
+        self.output = affine(layer.out_proj.weight, layer.out_proj.bias, profile)
 
     def forward(
         self,
@@ -173,14 +173,6 @@ class MultiheadAttention(Rule):
             )
             shown = shown.to(self.profile.dtype)
         return (y if self.batch_first else y.transpose(0, 1)), shown
-
-
-def _affine(weight: Tensor, bias: Tensor | None, profile: Profile) -> Affine:
-    linear = nn.Linear(1, 1, bias=bias is not None)
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return Affine(linear, profile)
 
 
 def _mask_of(mask: Tensor | None, heads: int) -> Tensor | None:

@@ -1,10 +1,10 @@
 """Elementary functions in float64 that have the same bits on every machine, for NumPy arrays and torch tensors alike.
 
 A math library rounds ``exp`` its own way; IEEE 754 fixes + − × ÷, rounding to an integer and comparison.  These
-functions use nothing else, one operation a kernel, so no compiler can fuse a product and a sum.  (It fixes the square root
-too, but PyTorch hands large tensors to a library whose square roots are off by a bit now and then: ours is Newton's.)
-They are accurate to a few units in the last place, relative 10⁻¹⁴ also in the tails.  Subnormal numbers, which some
-machines flush to zero, are taken for 0 where that matters, and not returned.
+functions use nothing else, one operation a kernel, so no compiler can fuse a product and a sum.  (It fixes the square
+root too, but PyTorch leaves that to a library whose last bit is wrong now and then: ours is Newton's.)  They are
+accurate to a few units in the last place, relative 10⁻¹⁴ also in the tails.  Subnormal numbers, which some machines
+flush to zero, are taken for 0 where that matters, and never returned.
 
     >>> import numpy as np, torch
     >>> x = np.array([-1.0, 0.0, 2.0])
@@ -14,16 +14,15 @@ machines flush to zero, are taken for 0 where that matters, and not returned.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Values = TypeVar("Values", np.ndarray[Any, Any], Tensor)
+Values = TypeVar("Values", np.ndarray, Tensor)
 
 _ONE_LOG = float.fromhex("0x1.71547652b82fep+0")  # 1 / log 2
 _LOG_HIGH = float.fromhex("0x1.62e42fee00000p-1")  # log 2 to 32 bits, so that n · _LOG_HIGH is exact for |n| < 2^21 …
@@ -37,23 +36,24 @@ _LOWEST_EXPONENT, _HIGHEST_EXPONENT = -708.39, 709.78
 _MANTISSA = (1 << 52) - 1
 
 
-def _elementwise(function: Callable[..., Any]) -> Callable[[Values], Values]:
+class _Function(Protocol):
+    """A function of every element of a float64 array or tensor."""
+
+    def __call__(self, x: Values, /) -> Values: ...
+
+
+def _elementwise(function: Callable[[Any, Any], Any]) -> _Function:
     """Take float64 arrays and tensors, and keep NumPy from warning of what the function handles."""
 
-    @functools.wraps(function)
-    def wrapped(x: Values) -> Values:
-        if isinstance(x, Tensor):
-            if x.dtype != torch.float64:
-                raise ValueError(f"x: expected float64, got {x.dtype}")
-            return function(x, torch)
-        x = np.asarray(x)
-        if x.dtype != np.float64:
+    def applied(x: Any, /) -> Any:
+        if x.dtype not in (torch.float64, np.float64):
             raise ValueError(f"x: expected float64, got {x.dtype}")
+        if isinstance(x, Tensor):
+            return function(x, torch)
         with np.errstate(all="ignore"):
-            result: Values = np.asarray(function(x, np))
-        return result
+            return np.asarray(function(x, np))
 
-    return wrapped
+    return applied
 
 
 def _round(x: Any, xp: Any) -> Any:
@@ -61,26 +61,23 @@ def _round(x: Any, xp: Any) -> Any:
 
 
 def _filled(x: Any, value: float, xp: Any) -> Any:
-    """``value`` in the shape of x, for a numerator: a Python number over a tensor would be a reciprocal and a product."""
+    """``value`` in the shape of x, for a numerator: a number over a tensor would be a reciprocal and a product."""
     return xp.full_like(x, value)
 
 
 def _power_of_two(n: Any, xp: Any) -> Any:
     """2ⁿ for whole n from −1022 to 1023, from its bits."""
-    if xp is torch:
-        return ((n.to(torch.int64) + 1023) << 52).view(torch.float64)
-    return ((n.astype(np.int64) + 1023) << 52).view(np.float64)
+    whole = n.to(torch.int64) if xp is torch else n.astype(np.int64)
+    return ((whole + 1023) << 52).view(xp.float64)
 
 
 def _parts(x: Any, xp: Any) -> tuple[Any, Any]:
     """(m, e) with x = m · 2ᵉ and √½ ≤ m < √2, for positive normal x, from its bits."""
-    bits = x.view(torch.int64) if xp is torch else np.ascontiguousarray(x).view(np.int64)
+    bits = (x if xp is torch else np.ascontiguousarray(x)).view(xp.int64)
     exponent = (bits >> 52) - 1023
     mantissa = (bits & _MANTISSA) | (1023 << 52)
-    if xp is torch:
-        m, e = mantissa.view(torch.float64), exponent.to(torch.float64)
-    else:
-        m, e = mantissa.view(np.float64), exponent.astype(np.float64)
+    m = mantissa.view(xp.float64)
+    e = exponent.to(torch.float64) if xp is torch else exponent.astype(np.float64)
     large = m >= 2.0 * _ROOT_HALF
     return xp.where(large, m * 0.5, m), xp.where(large, e + 1.0, e)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from likely.exact.activations import STEPS, Activation
 from likely.exact.functions import sqrt
 from likely.exact.products import Geometry, Kind, Product
-from likely.exact.profiles import SMALLEST, Profile, Rule, Uncovered, peaks
+from likely.exact.profiles import SMALLEST, Profile, Rule, Uncovered, parts, peaks
 
 
 def whole_weights(weight: Tensor, profile: Profile, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -25,18 +28,24 @@ def whole_weights(weight: Tensor, profile: Profile, axes: tuple[int, ...]) -> tu
     return torch.round(weight / scale.double()).long(), scale
 
 
-def whole_activations(x: Tensor, limit: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Activations as whole numbers of at most ``limit``, and their scale: x ≈ whole · scale.  One scale over ``dims``."""
-    peak = peaks(x, dims).clamp_(min=SMALLEST)
-    return torch.mul(x, limit / peak).round_(), (peak / limit).clamp_(min=SMALLEST)
+def whole_activations(
+    x: Tensor, limit: Tensor, dims: tuple[int, ...], out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Activations as whole numbers of at most ``limit``, and their scale over ``dims``: x ≈ whole · scale."""
+    peak = torch.maximum(peaks(x, dims), limit * SMALLEST)
+    return torch.mul(x, limit / peak, out=out).round_(), peak / limit
 
 
-class _Certified(Rule):
-    """A product with whole weights, and what leads back from its sums to real numbers."""
+class Certified(nn.Module):
+    """A product with whole weights, and what leads back from its sums to real numbers.
+
+    ``axes`` are those of an activation that share one scale; ``scale`` and ``bias`` are broadcast to a sum.
+    """
 
     limit: Tensor
     scale: Tensor
     bias: Tensor | None
+    axes: tuple[int, ...]
 
     def __init__(self, product: Product, scale: Tensor, bias: Tensor | None, profile: Profile) -> None:
         super().__init__()
@@ -48,23 +57,115 @@ class _Certified(Rule):
             bias = torch.where(bias.abs() < SMALLEST, 0.0, bias)
         self.register_buffer("bias", bias, persistent=False)
 
-    def probe_input(self) -> Tensor:
-        """Whole numbers on which the probe looks at the layer as a whole."""
-        return self.product.probe_input().to(self.scale)
+    def follows(self, other: Certified) -> bool:
+        """Whether the layer takes what the product of ``other`` gives, as it is."""
+        raise NotImplementedError
+
+    def whole(self, x: Tensor, out: Tensor) -> Tensor:
+        """Put x into ``out`` as whole numbers up to the limit, and return their scales."""
+        return whole_activations(x, self.limit, self.axes, out)[1]
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x in the profile's dtype and in the shape that the product takes."""
+        raise NotImplementedError
+
+    def leave(self, y: Tensor, x: Tensor) -> Tensor:
+        """What came of ``enter(x)``, in the shape that the caller of the layer expects."""
+        return y
+
+    def real_(self, sums: Tensor, of_x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Replace sums by sums · of_x · scale + bias."""
+        raise NotImplementedError
 
 
-class Affine(_Certified):
+class Affine(Certified):
     """x Wᵀ + b with a scale for each vector on the last axis."""
+
+    axes = (1,)
 
     def __init__(self, layer: nn.Linear, profile: Profile) -> None:
         weight, scale = whole_weights(layer.weight, profile, (1,))
         super().__init__(Product(weight, "linear", profile), scale.flatten(), layer.bias, profile)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def follows(self, other: Certified) -> bool:
+        return isinstance(other, Affine)
+
+    def enter(self, x: Tensor) -> Tensor:
         x = x if x.dtype == self.profile.dtype else x.to(self.profile.dtype)
-        ints, scale = whole_activations(x, self.limit, (x.dim() - 1,))
-        y = self.product(ints).mul_(scale).mul_(self.scale)
-        return y if self.bias is None else y.add_(self.bias)
+        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+    def leave(self, y: Tensor, x: Tensor) -> Tensor:
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+    def real_(self, sums: Tensor, of_x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        y = sums.mul_(of_x).mul_(scale)
+        return y if bias is None else y.add_(bias)
+
+
+class Chain(Rule):
+    """Certified layers, one after the other, and the activations before, between and after them.
+
+    What stands between two products is done to a few examples at a time, in place.
+
+    Args:
+        layers: of one kind, affine or convolutions.
+        activations: one more than layers; None where there is none.
+    """
+
+    def __init__(self, layers: Sequence[Certified], activations: Sequence[Activation | None]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.activations = nn.ModuleList(a or nn.Identity() for a in activations)
+        self._steps = list(zip(layers, activations[1:]))
+        for i, (layer, activation) in enumerate(self._steps):
+            scale, bias = layer.scale, layer.bias
+            if activation is not None and activation.by_table:  # the layer computes the place in the table
+                shift = torch.full_like(scale, activation.zero, dtype=torch.float64)
+                bias = shift if bias is None else bias.double() * STEPS + shift
+                scale, bias = scale * STEPS, bias.to(scale.dtype)
+            self.register_buffer(f"scale{i}", scale, persistent=False)
+            self.register_buffer(f"bias{i}", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Certified = self.layers[0]  # type: ignore[assignment]
+        entered = first.enter(x)
+        whole, peak = self._begin(entered, first)
+        for i, (layer, activation) in enumerate(self._steps):
+            sums = layer.product(whole)
+            following = self._steps[i + 1][0] if i + 1 < len(self._steps) else None
+            found = []
+            for part in parts(sums):
+                values = layer.real_(sums[part], peak[part], getattr(self, f"scale{i}"), getattr(self, f"bias{i}"))
+                if activation is not None:
+                    activation.replace_(values)
+                if following is not None:
+                    found.append(following.whole(values, values))
+            whole, peak = sums, _joined(found, peak)
+        return self._steps[-1][0].leave(whole, x)
+
+    def _begin(self, x: Tensor, first: Certified) -> tuple[Tensor, Tensor]:
+        """Whole numbers for the first product, and their scales."""
+        activation = self.activations[0]
+        whole, found = torch.empty_like(x), []
+        for part in parts(x):
+            if isinstance(activation, Activation):
+                found.append(first.whole(activation.values(x[part], whole[part]), whole[part]))
+            else:
+                found.append(first.whole(x[part], whole[part]))
+        return whole, _joined(found, x.new_ones(()))
+
+
+def _joined(found: list[Tensor], otherwise: Tensor) -> Tensor:
+    return found[0] if len(found) == 1 else torch.cat(found) if found else otherwise
+
+
+def affine(weight: Tensor, bias: Tensor | None, profile: Profile) -> Chain:
+    """The rule of x Wᵀ + b."""
+    linear = nn.Linear(1, 1, bias=bias is not None)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return Chain([Affine(linear, profile)], [None, None])
 
 
 Convolutional = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
@@ -108,8 +209,10 @@ def _image(x: Tensor, profile: Profile, dims: int) -> Tensor:
     return x if x.dtype == profile.dtype else x.to(profile.dtype)
 
 
-class Convolution(_Certified):
+class Convolution(Certified):
     """A convolution or its transpose in one or two dimensions, with a scale for each example."""
+
+    axes = (1, 2, 3)
 
     def __init__(self, layer: Convolutional, profile: Profile) -> None:
         kind: Kind = "transposed" if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d) else "conv"
@@ -126,27 +229,27 @@ class Convolution(_Certified):
         super().__init__(Product(weight, kind, profile, geometry), scale.reshape(-1, 1, 1), bias, profile)
         self.dims, self.border = len(layer.kernel_size), border
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if output_size is not None:
-            raise Uncovered("transposed convolution: output_size; give output_padding to the layer instead")
+    def follows(self, other: Certified) -> bool:
+        return isinstance(other, Convolution) and other.dims == self.dims and not any(self.border.sizes)
+
+    def enter(self, x: Tensor) -> Tensor:
         x = self.border(_image(x, self.profile, self.dims))
-        x = x.unsqueeze(2) if self.dims == 1 else x
-        ints, scale = whole_activations(x, self.limit, (1, 2, 3))
-        y = self.product(ints).mul_(scale * self.scale)
-        y = y if self.bias is None else y.add_(self.bias)
+        return x.unsqueeze(2) if self.dims == 1 else x
+
+    def leave(self, y: Tensor, x: Tensor) -> Tensor:
         return y.squeeze(2) if self.dims == 1 else y
 
-    def probe_input(self) -> Tensor:
-        x = super().probe_input()
-        return x.squeeze(2) if self.dims == 1 and x.shape[2] == 1 else x[:, :, 0] if self.dims == 1 else x
+    def real_(self, sums: Tensor, of_x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        y = sums.mul_(of_x * scale)
+        return y if bias is None else y.add_(bias)
 
 
 class CausalConvolution(Rule):
     """A convolution whose every output has scales of its own, from the inputs that it sees and no others.
 
     With one scale for the whole example an output would depend on inputs that a masked kernel hides from it, and a
-    decoder does not have these yet.  Outputs are grouped by what they see (the mask of a masked layer, or else the zeros
-    of its weights); each group is a matrix product on patches.
+    decoder does not have these yet.  Outputs are grouped by what they see (the ``mask`` of a masked layer, or else the
+    zeros of its weights); each group is a matrix product on patches.
     """
 
     def __init__(self, layer: Convolutional, profile: Profile) -> None:
@@ -161,17 +264,13 @@ class CausalConvolution(Rule):
         rows = _dense(weight.flatten(1) * sees, layer.groups)
         patterns, group = torch.unique(_dense(sees, layer.groups), dim=0, return_inverse=True)
         self.affine = nn.ModuleList()
-        self.columns: list[Tensor] = []
         order = []
         for number, pattern in enumerate(patterns):
             members = (group == number).nonzero().flatten()
             columns = pattern.nonzero().flatten()
             columns = columns if len(columns) else torch.zeros(1, dtype=torch.int64)
-            linear = nn.Linear(len(columns), len(members), bias=layer.bias is not None, dtype=weight.dtype)
-            linear.weight = nn.Parameter(rows[members][:, columns], requires_grad=False)
-            if layer.bias is not None:
-                linear.bias = nn.Parameter(layer.bias.detach().cpu()[members], requires_grad=False)
-            self.affine.append(Affine(linear, profile))
+            bias = None if layer.bias is None else layer.bias.detach().cpu()[members]
+            self.affine.append(affine(rows[members][:, columns], bias, profile))
             self.register_buffer(f"columns{number}", columns, persistent=False)
             order.append(members)
         self.register_buffer("order", torch.cat(order).argsort(), persistent=False)
@@ -247,7 +346,7 @@ class Normalisation(Rule):
         self.profile, self.groups = profile, groups
         self.centred = not isinstance(layer, nn.RMSNorm)
         self.eps = float(torch.finfo(torch.float32).eps if layer.eps is None else layer.eps)
-        self.last = 0 if groups else len(layer.normalized_shape)  # type: ignore[union-attr]
+        self.last = 0 if isinstance(layer, nn.GroupNorm) else len(layer.normalized_shape)
         for name in ("weight", "bias"):
             value = getattr(layer, name, None)
             self.register_buffer(name, None if value is None else value.detach().to(profile.dtype), persistent=False)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from likely.exact.activations import Activation
+from likely.exact.layers import Certified, Chain
 from likely.exact.products import ROUTES, BatchedProduct, Product, Route, full_precision_products
 from likely.exact.profiles import PROFILES, Uncovered
-from likely.exact.rules import FUNCTIONS, RULES, Setting, allowed
+from likely.exact.rules import FUNCTIONS, RULES, Setting, allowed, is_identity
 
 
 class Network:
@@ -52,7 +54,7 @@ class Network:
         )
 
     def probe(self) -> bytes:
-        """Eight bytes that tell of all outputs of the layers on fixed whole numbers: equal wherever the arithmetic is."""
+        """Eight bytes made of the outputs of all layers on fixed whole numbers: the same wherever the bits are."""
         digest = hashlib.blake2b(digest_size=8)
         with torch.no_grad(), full_precision_products(self.device), torch._C.DisableTorchFunction():
             for name, module in self.module.named_modules():
@@ -79,7 +81,7 @@ def _probed(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
         yield module(module.probe_input().to(device, module.profile.dtype))
     elif isinstance(module, BatchedProduct):
         yield module(*(x.to(device, module.profile.dtype) for x in module.probe_input()))
-    elif hasattr(module, "probe_input"):
+    elif isinstance(module, Activation):
         yield module(module.probe_input())
 
 
@@ -90,9 +92,9 @@ def _bytes(x: Tensor) -> bytes:
 
 
 class Watch(TorchFunctionMode):
-    """Lets through what a composite's own ``forward`` may do, puts rules in the place of functions, and refuses the rest.
+    """Lets through what the ``forward`` of a composite may do, puts rules in the place of functions, refuses the rest.
 
-    Leaves are not watched: their rules know what they do.
+    Rules of leaves are not watched: they know what they do.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -166,10 +168,68 @@ def _converted(module: nn.Module, setting: Setting, path: str, done: dict[int, n
         done[id(module)] = module
         for name, child in list(module.named_children()):
             setattr(module, name, _converted(child, setting, f"{path}.{name}", done))
+        if type(module).forward is nn.Sequential.forward:
+            converted = Joined(module)
         if hasattr(module, "exact_forward"):
-            module.forward = module.exact_forward
+            module.forward = module.exact_forward  # type: ignore[method-assign, assignment]
     done[id(module)] = converted
     return converted
+
+
+class Joined(nn.Module):
+    """A sequence whose neighbouring layers and activations are computed as one :class:`~likely.exact.layers.Chain`.
+
+    Everything else of the sequence is there as it was: its items, its attributes.
+    """
+
+    def __init__(self, sequence: nn.Module) -> None:
+        super().__init__()
+        self.sequence = sequence
+        self.runs = nn.Sequential(*_runs([rule for rule in sequence.children() if not is_identity(rule)]))
+
+    def forward(self, x: Any) -> Any:
+        return self.runs(x)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("sequence"), name)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.sequence[index]  # type: ignore[index]
+
+    def __len__(self) -> int:
+        return len(self.sequence)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.sequence.children())
+
+
+def _runs(rules: list[nn.Module]) -> Iterator[nn.Module]:
+    """The rules, with chains for what can be computed together."""
+    at = 0
+    while at < len(rules):
+        layers: list[Certified] = []
+        activations: list[Activation | None] = [None]
+        end = at
+        if isinstance(rules[end], Activation):
+            activations, end = [rules[end]], end + 1  # type: ignore[list-item]
+        while end < len(rules) and isinstance(rules[end], Chain):
+            layer: Any = rules[end].layers[0]  # type: ignore[index, union-attr]
+            if layers and not layer.follows(layers[-1]):
+                break
+            layers.append(layer)
+            end += 1
+            activation = rules[end] if end < len(rules) and isinstance(rules[end], Activation) else None
+            activations.append(activation)  # type: ignore[arg-type]
+            end += activation is not None
+        if layers:
+            yield Chain(layers, activations)
+        else:
+            end = at + 1
+            yield rules[at]
+        at = end
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -185,8 +245,8 @@ def _maker(module: nn.Module, path: str) -> Callable[..., nn.Module] | None:
         if parent in RULES:
             if declared is None and kind.forward is not parent.forward:
                 raise Uncovered(
-                    f"{path}: {kind.__name__} has a forward of its own; if it computes what {parent.__name__} does, say so "
-                    f"in the class (exact_as = nn.{parent.__name__}), else give it an exact_forward"
+                    f"{path}: {kind.__name__} has a forward of its own; if it computes what {parent.__name__} does, "
+                    f"say so in the class (exact_as = nn.{parent.__name__}), else give it an exact_forward"
                 )
             return RULES[parent]
     if kind.__module__.startswith("torch.nn.") and not isinstance(module, _CONTAINERS) and not any(module.children()):

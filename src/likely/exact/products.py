@@ -1,11 +1,11 @@
 """Products of integers held in floats: matrix products and convolutions whose every partial sum is exact.
 
-A sum of whole numbers is exact in float32 while its partial sums stay below 2²⁴, in whatever order, by whatever library,
-with fused multiply-adds or without.  So a *certificate* is drawn from the weights themselves: with S the largest sum of
-absolute values of a row of whole weights, activations may be whole numbers up to ⌊(2²⁴ − 1) / S⌋.
+A sum of whole numbers is exact in float32 while its partial sums stay below 2²⁴, in whatever order, by whatever
+library, with fused multiply-adds or without.  So a *certificate* is drawn from the weights themselves: with S the
+largest sum of absolute values of a row of whole weights, activations may be whole numbers up to ⌊(2²⁴ − 1) / S⌋.
 
-The same product may be had by several *routes*.  They give the same bits; one that does not, on some machine, is found by
-:meth:`Product.passes` and left aside.
+The same product may be had by several *routes*.  They give the same bits; one that does not, on some machine, is found
+by :meth:`Product.passes` and left aside.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class _Routed(nn.Module):
     routes: tuple[Route, ...] = ROUTES
 
     def passes(self, route: Route, device: torch.device) -> bool:
-        """Whether the route gives on the device what int64 gives on the processor, for the probe's input."""
+        """Whether the route gives the right sums on the device, for the input of the probe."""
         raise NotImplementedError
 
     def choose(self, device: torch.device, route: Route | None = None) -> None:
@@ -116,6 +116,7 @@ class Product(_Routed):
         self.limit = min(self._certified(part) for part in _cut(weight, cuts, kind))
         self.limit = min(self.limit, profile.largest_activation)
         self.cuts = cuts
+        self._packed: dict[int, Tensor] = {}
         layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
         self.parts = nn.ParameterList(
             nn.Parameter(part.to(profile.dtype).contiguous(memory_format=layout), requires_grad=False)
@@ -158,7 +159,7 @@ class Product(_Routed):
         return torch.stack(phases).amax(0)
 
     def forward(self, ints: Tensor) -> Tensor:
-        """The sums for whole numbers ``ints`` of at most ``limit``, in the profile's dtype (a sum beyond it rounded)."""
+        """The sums for whole numbers of at most ``limit``, in the profile's dtype (a sum of blocks rounded to it)."""
         return self.by(self.route, ints)
 
     def by(self, route: Route, ints: Tensor) -> Tensor:
@@ -166,14 +167,14 @@ class Product(_Routed):
         _state.depth = getattr(_state, "depth", 0) + 1
         try:
             if len(self.cuts) == 1:
-                return self._part(route, ints, self.parts[0]).to(self.profile.dtype)
+                return _dense(self._part(route, ints, self.parts[0]).to(self.profile.dtype))
             axis = -1 if self.kind == "linear" else 1
             total: Tensor | None = None
             for piece, weight in zip(ints.split(self.cuts, axis), self.parts):
                 sums = self._part(route, piece, weight).double()
                 total = sums if total is None else total.add_(sums)
             assert total is not None
-            return total.to(self.profile.dtype)
+            return _dense(total.to(self.profile.dtype))
         finally:
             _state.depth -= 1
 
@@ -181,13 +182,26 @@ class Product(_Routed):
         if route == "float64":
             x, weight = x.double(), weight.double()
         if self.kind == "linear":
-            return _matrix_product(x, weight)
+            return self._matrix_product(x, weight)
         if route == "shifted":
             return _shifted(x, weight, self.kind, self.geometry)
         g = self.geometry
         if self.kind == "conv":
             return F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
         return F.conv_transpose2d(x, weight, None, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
+
+    def _matrix_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        flat = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() * len(weight) >= LARGE
+        if not (ONEDNN and flat):
+            return F.linear(x, weight)
+        packed = self._packed.get(id(weight))
+        if packed is None:  # oneDNN's own layout, from which it multiplies a little faster
+            packed = self._packed[id(weight)] = torch.ops.mkldnn._reorder_linear_weight(weight, 256)
+        y = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), packed, None, "none", [], "")
+        return y.view(*x.shape[:-1], len(weight))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_packed": {}}  # which cannot be copied
 
     # The probe ------------------------------------------------------------------------------------------------
 
@@ -199,7 +213,7 @@ class Product(_Routed):
             shape: tuple[int, ...] = (4, self.inputs)
         else:
             span = [d * (k - 1) + 1 for k, d in zip(self.geometry.kernel, self.geometry.dilation)]
-            shape = (2, self.inputs, span[0] + 5, span[1] + 5)
+            shape = (1, self.inputs, span[0] + 5, span[1] + 5)
         x = pseudo_random(shape, self.limit)
         if self.kind == "linear":
             x[0] = _signs(weight[worst]) * self.limit
@@ -221,18 +235,18 @@ class Product(_Routed):
         return x
 
     def passes(self, route: Route, device: torch.device) -> bool:
-        """Whether the route gives on the device what int64 gives on the processor, for :meth:`probe_input`."""
         x = self.probe_input()
         sums = self.by(route, x.to(device, self.profile.dtype)).cpu()
-        return torch.equal(sums, self.reference(x).double().to(self.profile.dtype))
+        return torch.equal(sums, self.reference(x).to(self.profile.dtype))
 
     def reference(self, x: Tensor) -> Tensor:
-        """The sums in int64 on the processor."""
-        weights = [part.detach().cpu().long() for part in self.parts]
+        """The sums by another way, on the processor: in float64, or for the profile of float64 in int64."""
+        kind = torch.float64 if self.profile.dtype == torch.float32 else torch.int64
+        weights = [part.detach().cpu().to(kind) for part in self.parts]
         weight = torch.cat(weights, 0 if self.kind == "transposed" else 1)
         if self.kind == "linear":
-            return x @ weight.t()
-        return _shifted(x, weight, self.kind, self.geometry)
+            return x.to(kind) @ weight.t()
+        return _shifted(x.to(kind), weight, self.kind, self.geometry)
 
 
 class BatchedProduct(_Routed):
@@ -265,7 +279,6 @@ class BatchedProduct(_Routed):
         return a, b.transpose(1, 2)
 
     def passes(self, route: Route, device: torch.device) -> bool:
-        """Whether the route gives on the device what int64 gives on the processor, for :meth:`probe_input`."""
         a, b = self.probe_input()
         sums = self.by(route, a.to(device, self.profile.dtype), b.to(device, self.profile.dtype))
         return torch.equal(sums.cpu().long(), a @ b)
@@ -290,11 +303,10 @@ def _cut(weight: Tensor, cuts: list[int], kind: Kind) -> Sequence[Tensor]:
     return weight.split(cuts, 0 if kind == "transposed" else 1)
 
 
-def _matrix_product(x: Tensor, weight: Tensor) -> Tensor:
-    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() * len(weight) >= LARGE:
-        flat = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, None, "none", [], "")
-        return flat.view(*x.shape[:-1], len(weight))
-    return F.linear(x, weight)
+def _dense(x: Tensor) -> Tensor:
+    """x without gaps in memory, its channels last or its axes in order."""
+    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return x if dense else x.contiguous()
 
 
 def _shifted(x: Tensor, weight: Tensor, kind: Kind, g: Geometry) -> Tensor:
@@ -334,7 +346,7 @@ def _shifted(x: Tensor, weight: Tensor, kind: Kind, g: Geometry) -> Tensor:
 @contextlib.contextmanager
 def full_precision_products(device: torch.device) -> Iterator[None]:
     """Products in the precision of their operands: no TensorFloat-32, no bfloat16, no autocast."""
-    backends = torch.backends
+    backends: Any = torch.backends
     switches = (
         (backends.cuda.matmul, backends.cudnn.conv)
         if device.type == "cuda"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,7 @@ def peaks(x: Tensor, dims: tuple[int, ...]) -> Tensor:
         ValueError: an element is NaN, infinite or beyond 2⁶⁰.
     """
     peak = torch.maximum(x.amax(dims, True), x.amin(dims, True).neg_())
-    if not bool((peak <= LARGEST).all()):
+    if peak.numel() and not peak.amax().item() <= LARGEST:
         wrong = ~(x.abs() <= LARGEST)
         index = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(
@@ -82,3 +83,12 @@ def peaks(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 def check(x: Tensor) -> float:
     """max |x|, with the errors of :func:`peaks`."""
     return peaks(x, tuple(range(x.dim()))).item() if x.numel() else 0.0
+
+
+def parts(x: Tensor, most: int = 1 << 18) -> Iterator[slice]:
+    """Slices of the first axis with about ``most`` numbers each, so that what is done to one stays in the cache."""
+    if not x.numel():
+        return
+    step = max(1, most * len(x) // x.numel()) if x.dim() else 1
+    for start in range(0, len(x), step):
+        yield slice(start, start + step)

@@ -1,7 +1,8 @@
 """Which rule takes the place of which layer, and which operation a composite's own ``forward`` may use.
 
-:data:`RULES` maps a type of ``torch.nn`` to the maker of its rule; a subclass is served by its parent's rule if it inherits
-the parent's ``forward``, or says ``exact_as = nn.Linear`` (or whichever) because it computes the same another way.
+:data:`RULES` maps a type of ``torch.nn`` to the maker of its rule; a subclass is served by its parent's rule if it
+inherits the parent's ``forward``, or says ``exact_as = nn.Linear`` (or whichever) because it computes the same in
+another way.
 :data:`FUNCTIONS` maps a function of PyTorch to its rule, and :data:`ALLOWED` names those that are right as they are.
 """
 
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from likely.exact import attention, functions
 from likely.exact.activations import CURVES, Activation, Curve
 from likely.exact.layers import (
-    Affine,
     CausalConvolution,
+    Chain,
     Convolution,
     FixedNormalisation,
     Normalisation,
+    affine,
     standardised,
 )
 from likely.exact.profiles import Profile, Rule, Uncovered
@@ -69,6 +71,11 @@ def _as_it_is(layer: nn.Module, setting: Setting) -> nn.Module:
     return AsItIs(layer)
 
 
+def is_identity(rule: nn.Module) -> bool:
+    """Whether the rule passes its input on as it is."""
+    return isinstance(rule, AsItIs) and isinstance(rule.layer, nn.Identity)
+
+
 def _identity(layer: nn.Module, setting: Setting) -> nn.Module:
     return AsItIs(nn.Identity())
 
@@ -86,7 +93,9 @@ def _upsample(layer: nn.Upsample, setting: Setting) -> nn.Module:
 
 
 def _convolution(layer: Any, setting: Setting) -> nn.Module:
-    return (CausalConvolution if setting.causal else Convolution)(layer, setting.profile)
+    if setting.causal:
+        return CausalConvolution(layer, setting.profile)
+    return Chain([Convolution(layer, setting.profile)], [None, None])
 
 
 def _group_norm(layer: nn.GroupNorm, setting: Setting) -> nn.Module:
@@ -108,9 +117,16 @@ def _activation(make: Callable[..., Curve]) -> Callable[..., nn.Module]:
     return lambda layer, setting: Activation(make(layer), setting.profile)
 
 
+_AS_THEY_ARE: tuple[type[nn.Module], ...] = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Threshold),
+    *(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.MaxPool1d, nn.MaxPool2d),
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d),
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d),
+)
+
 #: The maker of the rule of each type of layer: ``maker(layer, setting) -> module``.
 RULES: dict[type[nn.Module], Callable[[Any, Setting], nn.Module]] = {
-    nn.Linear: lambda layer, setting: Affine(layer, setting.profile),
+    nn.Linear: lambda layer, setting: affine(layer.weight, layer.bias, setting.profile),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d), _convolution),
     nn.MultiheadAttention: lambda layer, setting: attention.MultiheadAttention(layer, setting.profile),
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), lambda layer, setting: Normalisation(layer, setting.profile)),
@@ -124,30 +140,7 @@ RULES: dict[type[nn.Module], Callable[[Any, Setting], nn.Module]] = {
     nn.Upsample: _upsample,
     nn.UpsamplingNearest2d: _upsample,
     **{kind: _activation(make) for kind, make in CURVES.items()},
-    **dict.fromkeys(
-        (
-            nn.ReLU,
-            nn.ReLU6,
-            nn.LeakyReLU,
-            nn.PReLU,
-            nn.Hardtanh,
-            nn.Threshold,
-            nn.Flatten,
-            nn.Unflatten,
-            nn.PixelShuffle,
-        )
-        + (
-            nn.PixelUnshuffle,
-            nn.ChannelShuffle,
-            nn.MaxPool1d,
-            nn.MaxPool2d,
-            nn.ZeroPad1d,
-            nn.ZeroPad2d,
-            nn.ConstantPad1d,
-        )
-        + (nn.ConstantPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d),
-        _as_it_is,
-    ),
+    **dict.fromkeys(_AS_THEY_ARE, _as_it_is),
     **dict.fromkeys(
         (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout), _identity
     ),
@@ -265,11 +258,30 @@ def _table() -> dict[Callable[..., Any], Callable[..., Tensor]]:
 #: The rule that takes the place of a function of PyTorch in a composite's ``forward``: ``rule(setting, *arguments)``.
 FUNCTIONS = _table()
 
-#: Names of functions and methods that IEEE 754 defines to the bit, that move numbers without computing, or that compute
-#: with whole numbers.  In-place forms and reflected operators go by the plain name.
-ALLOWED = frozenset(
-    ["abs", "absolute", "add", "clamp", "clamp_min", "clamp_max", "clip", "copysign", "hardtanh", "leaky_relu", "maximum", "minimum", "mul", "multiply", "neg", "negative", "positive", "relu", "relu6", "round", "ceil", "floor", "trunc", "sign", "sub", "subtract", "square", "threshold", "rsub", "eq", "ge", "gt", "le", "lt", "ne", "equal", "isnan", "isinf", "isfinite", "isneginf", "isposinf", "logical_and", "logical_not", "logical_or", "logical_xor", "bitwise_and", "bitwise_not", "bitwise_or", "bitwise_xor", "bitwise_left_shift", "bitwise_right_shift", "and", "or", "xor", "invert", "lshift", "rshift", "all", "any", "amax", "amin", "argmax", "argmin", "argsort", "aminmax", "max", "min", "sort", "topk", "unique", "adjoint", "as_strided", "as_tensor", "atleast_1d", "atleast_2d", "broadcast_tensors", "broadcast_to", "cat", "chunk", "clone", "column_stack", "concat", "concatenate", "contiguous", "copy", "cpu", "cuda", "detach", "diagonal", "diff_", "dstack", "expand", "expand_as", "fill", "fill_diagonal", "flatten", "flip", "fliplr", "flipud", "gather", "getitem", "hsplit", "hstack", "index_copy", "index_fill", "index_select", "masked_fill", "masked_scatter", "masked_select", "meshgrid", "moveaxis", "movedim", "nan_to_num", "narrow", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "nonzero", "numpy", "pad", "permute", "pixel_shuffle", "pixel_unshuffle", "put", "ravel", "repeat", "repeat_interleave", "reshape", "reshape_as", "resolve_conj", "resolve_neg", "roll", "rot90", "scatter", "select", "setitem", "split", "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t", "take", "take_along_dim", "tensor_split", "tile", "transpose", "tril", "triu", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as", "vsplit", "vstack", "where", "zero", "arange", "empty", "empty_like", "eye", "full", "full_like", "ones", "ones_like", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros", "zeros_like", "bool", "byte", "char", "double", "float", "int", "long", "short", "to", "type", "type_as", "item", "tolist", "len", "bool_", "index", "contains", "iter", "hash", "format", "repr", "data_ptr", "dim", "element_size", "get_device", "has_names", "is_complex", "is_conj", "is_contiguous", "is_floating_point", "is_inference", "is_neg", "is_nonzero", "is_same_size", "is_signed", "is_tensor", "ndimension", "nelement", "numel", "nbytes", "result_type", "promote_types", "can_cast", "size", "storage_offset", "stride", "requires_grad_", "is_pinned", "is_set_to", "embedding", "max_pool1d", "max_pool2d", "one_hot", "bincount", "get", "__get__"]
-)
+_NAMES = """
+    abs absolute add clamp clamp_min clamp_max clip copysign hardtanh leaky_relu maximum minimum mul multiply neg
+    negative positive relu relu6 round ceil floor trunc sign sub subtract square threshold rsub
+    eq ge gt le lt ne equal isnan isinf isfinite isneginf isposinf logical_and logical_not logical_or logical_xor
+    bitwise_and bitwise_not bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift and or xor invert lshift
+    rshift
+    all any amax amin argmax argmin argsort aminmax max min sort topk unique one_hot max_pool1d max_pool2d
+    adjoint as_strided as_tensor atleast_1d atleast_2d broadcast_tensors broadcast_to cat chunk clone column_stack
+    concat concatenate contiguous copy cpu cuda detach diagonal dstack embedding expand expand_as fill fill_diagonal
+    flatten flip fliplr flipud gather getitem hsplit hstack index_copy index_fill index_select masked_fill
+    masked_scatter masked_select meshgrid moveaxis movedim nan_to_num narrow new_empty new_full new_ones new_tensor
+    new_zeros nonzero numpy pad permute pixel_shuffle pixel_unshuffle put ravel repeat repeat_interleave reshape
+    reshape_as resolve_conj resolve_neg roll rot90 scatter select setitem split split_with_sizes squeeze stack
+    swapaxes swapdims t take take_along_dim tensor_split tile transpose tril triu unbind unflatten unfold unsqueeze
+    view view_as vsplit vstack where zero
+    arange empty empty_like eye full full_like ones ones_like scalar_tensor tensor tril_indices triu_indices zeros
+    zeros_like bool byte char double float int long short to type type_as item tolist len index contains iter hash
+    format repr data_ptr dim element_size get_device has_names is_complex is_conj is_contiguous is_floating_point
+    is_inference is_neg is_nonzero is_same_size is_signed is_tensor ndimension nelement numel nbytes result_type
+    promote_types can_cast size storage_offset stride requires_grad get
+"""
+#: Names of functions and methods that IEEE 754 defines to the bit, that move numbers without computing, or that compare
+#: them.  In-place forms and reflected operators go by the plain name; ``get`` is the look at an attribute.
+ALLOWED = frozenset(_NAMES.split())
 
 #: Sums of floats depend on their order; sums of these types do not.
 _WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -303,7 +315,7 @@ def allowed(function: Callable[..., Any], args: tuple[Any, ...], named: dict[str
         reflected = getattr(function, "__name__", "").startswith("__r")
         divisor = args[1] if len(args) > 1 else named.get("other")
         if reflected or not isinstance(divisor, Tensor | int | float) or named.get("rounding_mode"):
-            return "divides a number by a tensor, which is a reciprocal and a product; divide torch.full_like(x, number) by x"
+            return "divides a number by a tensor: a reciprocal and a product; divide torch.full_like(x, number) by x"
         if not isinstance(divisor, Tensor) and (divisor == 0 or math.frexp(abs(divisor))[0] != 0.5):
             return "divides by a Python number, which some devices do by its reciprocal; divide by a tensor or multiply"
         return None
