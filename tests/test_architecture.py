@@ -16,6 +16,7 @@ LAYERS = [
     {"__main__"},
     {"cli", "sklearn"},
     {"api"},
+    {"archive"},
     {"report"},
     {"training"},
     {"evaluation"},

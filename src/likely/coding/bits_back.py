@@ -298,7 +298,7 @@ def choose_schedule(codec: ModelCodec, x: Any, condition: Any | None = None, lan
     * opening: a quarter of the bits earned goes into lanes;
     * growth: a step borrows less than half of what was earned; a codec that borrows nothing doubles;
     * batch: about 2^18 cells;
-    * lanes: one for 500 bytes of code up to 256, beyond that one for 1000 bytes up to 4096.
+    * lanes: one for 750 bytes of code up to 256, beyond that one for 1000 bytes up to 4096.
     """
     n, cells = len(x), max(1, math.prod(x.shape[1:]))
     batch_log2 = min(max(18 - (cells - 1).bit_length(), 6), 12)
@@ -312,7 +312,7 @@ def choose_schedule(codec: ModelCodec, x: Any, condition: Any | None = None, lan
     borrowed = 32 * (stack.supplied - stack.lanes) / rows
     if lanes is None:
         size = earned * n / 8
-        lanes = int(min(max(min(size / 500, max(256, size / 1000)), 1), 4096))
+        lanes = int(min(max(min(size / 750, max(256, size / 1000)), 1), 4096))
     opening = int(min(max(16 * earned / 128, 1), 65535))
     growth = int(min(max(64 * 0.45 * earned / borrowed, 1), 64)) if borrowed > 0 else 64
     return Schedule(lanes, opening, batch_log2, growth)

@@ -1,0 +1,568 @@
+"""Compressed files: the user's data as a trained model codes it, in the format ``.lk`` (docs/format.md).
+
+    source ──take apart──▶ rows x, condition c      ──the model's codec──▶ chunks "rows"
+                           head and side (all else) ──generic──▶           chunk "head", and with the rows
+
+What is decoded is held against digests of every chunk and of the original; a file that was written is one that decodes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from likely import __version__, models
+from likely.coding import fallback
+from likely.coding.bits_back import decode_rows, encode_rows
+from likely.coding.codec import ModelCodec
+from likely.coding.container import Chunk, Limits, Reader, Writer, canonical_json, content_digest
+from likely.coding.errors import Damaged, ForeignArithmetic, NewerVersion, WrongModel, located
+from likely.coding.fingerprint import fingerprint
+from likely.coding.parallel import map_chunks, usable_cores
+from likely.coding.rows import Rows, spare_bits
+from likely.coding.stack import Stack
+from likely.contract import Binary, Integers, Model, Reals, Space, Table, Tokens
+from likely.data import Schema
+from likely.data.originals import Original, Restored, restore, take_apart
+
+#: What a "rows" payload means; a change that gives other bytes gets a new name.
+CODING = "rows-1"
+#: Compressed bytes of a chunk: enough that lanes, initial bits and checksums cost some 0.1 %.
+CHUNK, LEAST_CHUNK = 500_000, 250_000
+#: Decoded bytes of a chunk.
+MOST_CHUNK = 64 << 20
+#: Kinds of chunks.
+HEAD, SCHEMA, MODEL, ROWS, PLAIN = KINDS = ("head", "schema", "model", "rows", "rows-plain")
+
+Progress = Callable[[str, int, int], None]
+
+_LENGTH = struct.Struct("<I")
+_TRIAL = 64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a file costs, and what for; in bytes but for the bits.
+
+    Args:
+        original: the data as it came, decompressed.
+        file: the whole ``.lk`` file.
+        rows: number of rows.
+        coded_bits: what the model's integer tables promise for all rows, net of bits-back.
+        coded: bytes of the coded rows, borrowed bits and lanes included.
+        initial: of these, what bits-back borrowed at the start of the chunks.
+        holes: which cells are missing.
+        condition: the columns that the model is conditioned on.
+        side: all that neither model nor schema says.
+        head: what is said once of the whole: dialect, names, types.
+        model: schema and model, if they are in the file.
+        plain: bytes of rows that generic compression codes in fewer than the model.
+        plain_rows: how many rows these are.
+        frame: header, checksums, index.
+    """
+
+    original: int = 0
+    file: int = 0
+    rows: int = 0
+    coded_bits: float = 0.0
+    coded: int = 0
+    initial: int = 0
+    holes: int = 0
+    condition: int = 0
+    side: int = 0
+    head: int = 0
+    model: int = 0
+    plain: int = 0
+    plain_rows: int = 0
+    frame: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers by name."""
+        return asdict(self)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Cells as bytes
+# --------------------------------------------------------------------------------------------------------------
+
+
+class _Layout:
+    """The cells of a batch of a space as bytes: what digests are of, and what generic compression gets.
+
+    Values come first, columns of tables one after another, in the smallest whole-number type that the space needs;
+    then, if a cell may be missing, one bit a cell, 1 where it is there, in the same order.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self._rows = None if isinstance(space, Reals) else Rows(space)
+        self._type = np.dtype(_natural_type(space))
+        self.may_miss = space.missing
+
+    def sizes(self, n: int) -> tuple[int, int]:
+        """Bytes of the values and of the pattern of holes of n rows."""
+        cells = n * self.space.dims
+        return cells * self._type.itemsize, math.ceil(cells / 8) if self.may_miss else 0
+
+    def to_bytes(self, x: Tensor) -> tuple[bytes, bytes]:
+        """Values, and the pattern of holes (empty where the space has none)."""
+        if self._rows is None:
+            absent = torch.isnan(x)
+            values, present = torch.nan_to_num(x.double(), 0.0).numpy(), ~absent.numpy()
+        else:
+            values, found = self._rows.symbols(x)
+            present = np.ones(values.shape, bool) if found is None else found
+        octets = self._ordered(values).astype(self._type.newbyteorder("<")).tobytes()
+        return octets, np.packbits(self._ordered(present)).tobytes() if self.may_miss else b""
+
+    def holes(self, octets: bytes, n: int) -> np.ndarray | None:
+        """The pattern of n rows as a mask ``(n, *shape)`` of the cells that are there."""
+        if not self.may_miss:
+            return None
+        bits = np.unpackbits(np.frombuffer(octets, np.uint8), count=n * self.space.dims).astype(bool)
+        return self._unordered(bits, n)
+
+    def from_bytes(self, values: bytes, holes: bytes, n: int) -> Tensor:
+        """The batch again."""
+        cells = self._unordered(np.frombuffer(values, self._type.newbyteorder("<")), n)
+        present = self.holes(holes, n)
+        if self._rows is None:
+            x = torch.from_numpy(cells.astype(np.float64))
+            return x if present is None else x.masked_fill(torch.from_numpy(~present), torch.nan)
+        return self._rows.values(cells.astype(np.int64), present)
+
+    def _ordered(self, cells: np.ndarray) -> np.ndarray:
+        return cells.T if isinstance(self.space, Table) else cells
+
+    def _unordered(self, cells: np.ndarray, n: int) -> np.ndarray:
+        if isinstance(self.space, Table):
+            return np.ascontiguousarray(cells.reshape(self.space.dims, n).T)
+        return cells.reshape(n, *self.space.shape)
+
+
+def _natural_type(space: Space) -> str:
+    if isinstance(space, Reals):
+        return "f8"
+    levels = {Binary: 2, Integers: getattr(space, "levels", 0), Tokens: getattr(space, "vocab", 0)}.get(type(space), 0)
+    if not levels:
+        return "i8"
+    return "u1" if levels <= 1 << 8 else "u2" if levels <= 1 << 16 else "u4"
+
+
+def _section(content: bytes) -> bytes:
+    """Content under generic compression, after its length; nothing for no content."""
+    if not content:
+        return b""
+    packed = fallback.compress(content)
+    return _LENGTH.pack(len(packed)) + packed
+
+
+class _Sections:
+    """Takes a payload of sections apart."""
+
+    def __init__(self, payload: bytes) -> None:
+        self.rest = memoryview(payload)
+
+    def take(self, size: int, what: str) -> bytes:
+        """The next section, which has ``size`` bytes when decompressed."""
+        if not size:
+            return b""
+        if len(self.rest) < _LENGTH.size:
+            raise Damaged(f"{what}: expected a section, got the payload's end")
+        (stored,) = _LENGTH.unpack_from(self.rest)
+        if stored > len(self.rest) - _LENGTH.size:
+            raise Damaged(f"{what}: expected at most {len(self.rest) - _LENGTH.size} bytes, got {stored}")
+        packed = bytes(self.rest[_LENGTH.size : _LENGTH.size + stored])
+        self.rest = self.rest[_LENGTH.size + stored :]
+        return fallback.decompress(packed, size)
+
+    def finish(self) -> None:
+        """Nothing may follow."""
+        if len(self.rest):
+            raise Damaged(f"expected the payload's end, got {len(self.rest)} more bytes")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# One chunk
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Consecutive rows, taken apart."""
+
+    x: Tensor
+    condition: Tensor | None
+    side: bytes
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """A chunk as it is written, and what it costs."""
+
+    kind: str
+    payload: bytes
+    rows: int
+    raw_size: int
+    digest: bytes
+    costs: dict[str, float]
+
+
+class _Job:
+    """A model ready to code chunks, in this process or in another.
+
+    Args:
+        model: the trained model.
+        spare: see :meth:`likely.contract.Model.codec`.
+        verify: whether to decode what was encoded.
+    """
+
+    def __init__(self, model: Model, spare: list[int], verify: bool = False) -> None:
+        self.model, self.spare, self.verify = model.eval(), spare, verify
+        self.codec: ModelCodec = model.codec(spare_bits=spare or None)
+        self._cells = _Layout(model.space)
+        self._condition = None if model.condition is None else _Layout(model.condition)
+
+    def to_bytes(self) -> bytes:
+        """What another process needs."""
+        about = {**models.describe(self.model), "spare": self.spare, "verify": self.verify}
+        octets = json.dumps(about).encode()
+        return struct.pack("<I", len(octets)) + octets + safetensors.torch.save(_tensors(self.model))
+
+    @classmethod
+    def from_bytes(cls, state: bytes) -> _Job:
+        (length,) = struct.unpack_from("<I", state)
+        about = json.loads(state[4 : 4 + length])
+        spare, verify = about.pop("spare"), about.pop("verify")
+        model = models.build(about)
+        model.load_state_dict(safetensors.torch.load(state[4 + length :]))
+        return cls(model, spare, verify)
+
+    def encode(self, part: _Part) -> _Coded:
+        """Code the rows by the model, or by generic compression where that takes less."""
+        n = len(part.x)
+        values, holes = self._cells.to_bytes(part.x)
+        given = () if self._condition is None else self._condition.to_bytes(part.condition)  # type: ignore[arg-type]
+        content = [part.side, values, holes, *given]
+        sections = [_section(octets) for octets in (part.side, holes, *given)]
+        rows = encode_rows(self.codec, part.x, part.condition)
+        # Generic compression at full strength is slow, so it is tried only where it comes near at its fastest.
+        near = len(zlib.compress(values, 1)) < 1.5 * len(rows.data)
+        plain = _section(values) if near else b""
+        costs: dict[str, float] = {
+            "side": len(sections[0]),
+            "holes": len(sections[1]),
+            "condition": sum(map(len, sections[2:])),
+            "coded_bits": rows.ideal_bits,
+        }
+        if near and len(plain) < len(rows.data):
+            kind, body = PLAIN, plain
+            costs |= {"plain": len(plain), "plain_rows": n}
+        else:
+            kind, body = ROWS, rows.data
+            costs |= {"coded": len(body), "initial": rows.initial_bits / 8}
+        payload = b"".join([*sections, body])
+        coded = _Coded(kind, payload, n, sum(map(len, content)), content_digest(*content), costs)
+        if self.verify:
+            self._verify(coded)
+        return coded
+
+    def _verify(self, coded: _Coded) -> None:
+        self._decode(coded.kind, coded.payload, coded.rows, coded.raw_size, coded.digest)
+
+    def decode(self, chunk: Chunk) -> _Part:
+        """The rows of a chunk.
+
+        Raises:
+            Damaged: it is not as it was written.
+        """
+        with located(chunk.where):
+            return self._decode(chunk.kind, chunk.payload, chunk.rows, chunk.raw_size, chunk.digest)
+
+    def _decode(self, kind: str, payload: bytes, n: int, raw_size: int, digest: bytes) -> _Part:
+        sizes = self._cells.sizes(n)
+        given_sizes = () if self._condition is None else self._condition.sizes(n)
+        side_size = raw_size - sum(sizes) - sum(given_sizes)
+        if side_size < 0:
+            raise Damaged(f"expected {raw_size - side_size} bytes or more for {n} rows, got {raw_size}")
+        sections = _Sections(payload)
+        side, holes = sections.take(side_size, "side information"), sections.take(sizes[1], "pattern of holes")
+        given = [sections.take(size, "condition") for size in given_sizes]
+        condition = None if self._condition is None else self._condition.from_bytes(given[0], given[1], n)
+        if kind == PLAIN:
+            x = self._cells.from_bytes(sections.take(sizes[0], "cells"), holes, n)
+            sections.finish()
+        else:
+            present = self._cells.holes(holes, n)
+            x = decode_rows(self.codec, bytes(sections.rest), n, condition, present)
+        content = [side, *self._cells.to_bytes(x), *given]
+        if content_digest(*content) != digest:
+            raise Damaged("the decoded content is not what was compressed")
+        return _Part(x, condition, side)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------
+
+
+def compress(
+    model: Model,
+    schema: Schema,
+    source: Any,
+    target: str | Path | BinaryIO,
+    *,
+    embed: bytes | None = None,
+    run: str | None = None,
+    verify: bool = True,
+    workers: int | None = None,
+    read: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
+) -> Sizes:
+    """Write a source as a ``.lk`` file.
+
+    Args:
+        model: trained, over the schema's space; with ``embed`` the model that these bytes unpack to.
+        schema: what the data is.
+        source: a path, ``"-"``, or an object.
+        target: path, or binary stream.
+        embed: the packed model (:func:`likely.coding.weights.pack`) to put into the file; None for a file that needs
+            its run.
+        run: where the run lies, as a hint for whoever decompresses.
+        verify: decode every chunk before it is written.
+        workers: processes at work; by default one for each core, if there is enough to do.
+        read: how this source differs from the one that was fitted.
+        limits: what the file may hold.
+        progress: called with ``"rows"``, rows done and all rows.
+
+    Raises:
+        NoCodec: the model has no codec; the message says why.
+        ValueError: the source is not of the schema.
+    """
+    original = take_apart(schema, source, **dict(read or {}))
+    spare = _spare_bits(schema.space, original)
+    job = _Job(model, spare, verify)
+    step, workers = _plan(original, job.codec, workers)
+    header = {
+        "coding": CODING,
+        "exactness": original.exactness,
+        "likely": __version__,
+        "model": {"fingerprint": _fingerprint(model, schema), "name": model.name()},
+        "probes": {name: network.probe().hex() for name, network in job.codec.networks.items()},
+        "run": run,
+        "spare": spare,
+    }
+    costs: dict[str, float] = {"original": original.size, "rows": original.n}
+    with Writer(target, {key: value for key, value in header.items() if value not in (None, [], {})}, limits) as writer:
+        if embed is not None:
+            costs["model"] = _add(writer, SCHEMA, _json(schema)) + len(embed)
+            writer.add(MODEL, embed)
+        costs["head"] = _add(writer, HEAD, original.head)
+        done = 0
+        parts = (_part(original, first, step, job.codec) for first in range(0, original.n, step))
+        for coded in map_chunks(_Job.encode, parts, workers, build=_Job.from_bytes, state=job.to_bytes()):
+            writer.add(coded.kind, coded.payload, rows=coded.rows, raw_size=coded.raw_size, digest=coded.digest)
+            for name, value in coded.costs.items():
+                costs[name] = costs.get(name, 0) + value
+            done += coded.rows
+            if progress is not None:
+                progress("rows", done, original.n)
+        writer.finish(original.digest)
+        costs["file"] = writer.size
+    named = sum(costs.get(name, 0) for name in ("coded", "holes", "condition", "side", "head", "model", "plain"))
+    costs["frame"] = costs["file"] - named
+    return Sizes(**{name: value if name == "coded_bits" else int(value) for name, value in costs.items()})  # type: ignore[arg-type]
+
+
+class Archive:
+    """A ``.lk`` file, open for reading.
+
+    Args:
+        source: path, bytes, or binary stream that can be read at any place.
+        limits: what the file may declare.
+
+    Raises:
+        FormatError: the file is not intact, or not one that this version reads.
+    """
+
+    def __init__(self, source: str | Path | bytes | BinaryIO, limits: Limits | None = None) -> None:
+        self.reader = Reader.open(source, limits, known=KINDS)
+        self.header = self.reader.header
+        coding = self.header.get("coding")
+        if coding != CODING:
+            raise NewerVersion(f"expected rows coded as {CODING!r}, got {coding!r}", "header")
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reader.close()
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.reader.rows
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the file holds its model."""
+        return any(entry.kind == MODEL for entry in self.reader.chunks)
+
+    def model(self) -> tuple[Model, Schema]:
+        """The model and the schema that the file holds.
+
+        Raises:
+            ValueError: it holds none.
+        """
+        from likely.coding.weights import unpack
+
+        if not self.embedded:
+            raise ValueError("the file holds no model")
+        text = self._only(SCHEMA)
+        try:
+            schema = Schema.from_json(json.loads(text))
+            model = unpack(self._chunk(MODEL).payload)
+        except (ValueError, TypeError, KeyError) as fault:
+            raise Damaged(f"expected a schema and a model ({fault})", "embedded model") from None
+        return model, schema
+
+    def restore(
+        self,
+        model: Model,
+        schema: Schema,
+        *,
+        workers: int | None = None,
+        progress: Progress | None = None,
+    ) -> Restored:
+        """The original, decoded while it is written or asked for.
+
+        Args:
+            model: the model that coded it.
+            schema: its schema.
+            workers: processes at work.
+            progress: called with ``"rows"``, rows done and all rows.
+
+        Raises:
+            WrongModel: it was another model or schema.
+            ForeignArithmetic: this machine evaluates the model's networks otherwise.
+            Damaged: the file is not as it was written.
+        """
+        job = self._job(model, schema)
+        chunks = [entry.number for entry in self.reader.chunks if entry.kind in (ROWS, PLAIN)]
+        workers = _workers(len(chunks), workers)
+
+        def parts() -> Iterator[tuple[Tensor, Tensor | None, bytes]]:
+            stored = map(self.reader.read, chunks)
+            done = 0
+            for part in map_chunks(_Job.decode, stored, workers, build=_Job.from_bytes, state=job.to_bytes()):
+                yield part.x, part.condition, part.side
+                done += len(part.x)
+                if progress is not None:
+                    progress("rows", done, self.rows)
+
+        return restore(schema, self._only(HEAD), parts())
+
+    def _job(self, model: Model, schema: Schema) -> _Job:
+        """Check that model, schema and machine are those of the file, before anything is decoded."""
+        expected, got = self._said("model", "fingerprint"), _fingerprint(model, schema)
+        if expected != got:
+            raise WrongModel(str(expected), got, "header")
+        spare = self.header.get("spare", [])
+        try:
+            job = _Job(model, [int(bits) for bits in spare])
+        except (TypeError, ValueError) as fault:
+            raise Damaged(f"spare: {fault}", "header") from None
+        for name, network in job.codec.networks.items():
+            if self._said("probes", name) != network.probe().hex():
+                raise ForeignArithmetic(name, tuple(sorted(set(network.routes.values()))), "header")
+        return job
+
+    def _said(self, group: str, name: str) -> Any:
+        values = self.header.get(group)
+        return values.get(name) if isinstance(values, dict) else None
+
+    def _chunk(self, kind: str) -> Chunk:
+        found = [entry.number for entry in self.reader.chunks if entry.kind == kind]
+        if len(found) != 1:
+            raise Damaged(f"expected one chunk of the kind {kind!r}, got {len(found)}", "index")
+        return self.reader.read(found[0])
+
+    def _only(self, kind: str) -> bytes:
+        """Content of the one chunk of a kind."""
+        chunk = self._chunk(kind)
+        with located(chunk.where):
+            content = fallback.decompress(chunk.payload, chunk.raw_size)
+            chunk.verify(content)
+        return content
+
+
+def _part(original: Original, first: int, step: int, codec: ModelCodec) -> _Part:
+    rows = original.rows(first, min(first + step, original.n), codec.legal)
+    return _Part(rows.x, rows.condition, rows.side)
+
+
+def _plan(original: Original, codec: ModelCodec, workers: int | None) -> tuple[int, int]:
+    """Rows of a chunk, and how many processes are worth starting."""
+    n = original.n
+    if not n:
+        return 1, 1
+    trial = original.rows(0, min(n, _TRIAL), codec.legal)
+    stack = Stack(_TRIAL)
+    codec.push(stack, trial.x, trial.condition)
+    size = max(1.0, stack.bits / 8 / len(trial.x)) * n
+    row_bytes = trial.x[0].numel() * 8
+    cores = usable_cores() if workers is None else workers
+    chunk = max(LEAST_CHUNK, min(CHUNK, size / (2 * cores)))
+    count = max(1, round(size / chunk))
+    if count > 1 and cores > 1:
+        count = -(-count // cores) * cores  # so that all processes end together
+    step = min(-(-n // count), max(1, MOST_CHUNK // row_bytes))
+    return step, _workers(-(-n // step), workers)
+
+
+def _workers(chunks: int, workers: int | None) -> int:
+    return max(1, min(chunks, usable_cores() if workers is None else workers))
+
+
+def _spare_bits(space: Space, original: Original) -> list[int]:
+    """What holds for all rows of the original."""
+    if not isinstance(space, Table) or all(column.has_probability for column in space.columns):
+        return []
+    found: list[int] = []
+    for first in range(0, original.n, 1 << 16):
+        here = spare_bits(space, original.rows(first, min(first + (1 << 16), original.n)).x)
+        found = [min(pair) for pair in zip(found, here)] if found else here
+    return found
+
+
+def _tensors(model: Model) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _fingerprint(model: Model, schema: Schema) -> str:
+    """Of weights, options and schema, and of what this version makes of them: 128 bits in hexadecimal."""
+    config = {"model": models.describe(model), "schema": schema.to_json()}
+    return fingerprint(_tensors(model), config, CODING)[:32]
+
+
+def _json(schema: Schema) -> bytes:
+    return canonical_json(schema.to_json())
+
+
+def _add(writer: Writer, kind: str, content: bytes) -> int:
+    """Add a chunk under generic compression; its bytes."""
+    packed = fallback.compress(content)
+    writer.add(kind, packed, raw_size=len(content), digest=content_digest(content))
+    return len(packed)
