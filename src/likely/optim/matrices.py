@@ -54,7 +54,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Which one serves depends on the processor, the type and the shape alone, so that a run repeats to the bit.
     """
     if _by_onednn(a, b):
-        each = [torch.ops.mkldnn._linear_pointwise(x, y.mT, None, "none", [], "") for x, y in zip(a, b)]
+        multiply = torch.ops.mkldnn._linear_pointwise  # x wᵀ
+        each = [multiply(_dense(x), _dense(y).mT, None, "none", [], "") for x, y in zip(a, b)]
         return each[0][None] if len(each) == 1 else torch.stack(each)
     return (a[0] @ b[0])[None] if len(a) == 1 else a @ b
 
@@ -78,15 +79,22 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
     )
 
 
+def _dense(x: Tensor) -> Tensor:
+    """The matrix, or a copy if neither its rows nor its columns are contiguous: for such oneDNN has slow code only."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
+
+
 def gram(x: Tensor) -> Tensor:
     """x xᵀ, of shape ``(batch, m, m)`` for ``(batch, m, n)``; large ones from one triangle."""
+    if x.shape[1] >= TALL:
+        x = x.contiguous()  # so that its strips are dense
     return _symmetric(x, lambda low, high: product(x[:, low:high], x[:, :high].mT))
 
 
 def square_plus(a: Tensor, alpha: float, beta: float) -> Tensor:
     """α a² + β a, for symmetric a of shape ``(batch, m, m)``; large ones from one triangle."""
     return _symmetric(
-        a, lambda low, high: product_plus(a[:, low:high], a[:, :, :high], a[:, low:high, :high], alpha, beta)
+        a, lambda low, high: product_plus(a[:, low:high], a[:, :high].mT, a[:, low:high, :high], alpha, beta)
     )
 
 
@@ -237,7 +245,7 @@ def _eigh(p: Tensor) -> tuple[Tensor, Tensor]:
 Method = Literal["polar-express", "newton-schulz", "svd"]
 #: a, b, c of a x + b x³ + c x⁵ in https://kellerjordan.github.io/posts/muon.
 JORDAN = (3.4445, -4.7750, 2.0315)
-#: How much more than its computed norm a matrix is divided by, so that rounding leaves no singular value above 1.
+#: How much larger than its bound a singular value may be by rounding, in every iteration but the last.
 SAFETY = 1.01
 
 
@@ -278,18 +286,21 @@ def _best_quintic(low: float, high: float) -> tuple[float, float, float]:
 
 @functools.cache
 def coefficients(method: Method, iterations: int, floor: float) -> tuple[tuple[float, float, float], ...]:
-    """The polynomials of an iterative method."""
-    return polar_express(floor, iterations) if method == "polar-express" else (JORDAN,) * iterations
+    """The polynomials of an iterative method; all but the last of the Polar Express with room for rounding."""
+    if method == "newton-schulz":
+        return (JORDAN,) * iterations
+    *first, last = polar_express(floor, iterations)
+    return (*((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in first), last)
 
 
 def orthogonalized(x: Tensor, method: Method, iterations: int, floor: float, eps: float) -> Tensor:
     """U Vᵀ or nearly so for x = U Σ Vᵀ, of shape ``(batch, m, n)``, in the precision of x.
 
-    All but ``svd`` apply odd polynomials to the singular values, by products on the smaller side:
-    x ← a x + (b A + c A²) x with A = x xᵀ.  They want singular values of at most 1.  ``newton-schulz`` divides by the
-    Frobenius norm |x|, as its authors do.  ``polar-express`` divides by ‖x xᵀ‖^½, the fourth-power norm of the singular
-    values, which is nearer to the largest of them (|x| is 10 to 25 times as large for a Gaussian matrix of 400 to
-    2500 rows, ‖x xᵀ‖^½ two to six times) and costs nothing, x xᵀ being needed in any case.
+    All but ``svd`` apply odd polynomials to the singular values σ, by products on the smaller side:
+    x ← a x + (b A + c A²) x with A = x xᵀ, or from the right with A = xᵀ x.  They want σ of at most 1.
+    ``newton-schulz`` divides x by its Frobenius norm |x|, as its authors do.  ``polar-express`` divides by |A²|^¼ =
+    (Σ σ⁸)^⅛, which is much nearer to the largest σ (for a square Gaussian matrix of 400 rows it is 1.5 times that, |x|
+    10 times; of 2,500 rows 1.8 and 25 times) and costs nothing, A² being needed in any case.
 
     Args:
         floor: least singular value, relative to that norm, for which ``polar-express`` guarantees its error.
@@ -299,16 +310,18 @@ def orthogonalized(x: Tensor, method: Method, iterations: int, floor: float, eps
         u, _, vt = torch.linalg.svd(x, full_matrices=False)
         return product(u, vt)
     tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.mT
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(eps)
     for i, (a, b, c) in enumerate(coefficients(method, iterations, floor)):
-        square = gram(x)
+        square = gram(x.mT if tall else x)
         if i == 0 and method == "polar-express":
-            norm = SAFETY * torch.linalg.matrix_norm(square, keepdim=True).sqrt().clamp_min(eps)
-            x, square = x / norm, square / norm.square()
-        x = product_plus(square_plus(square, alpha=c, beta=b), x, x, alpha=1.0, beta=a)
-    return x.mT if tall else x
+            fourth = square_plus(square, alpha=1.0, beta=0.0)
+            norm = torch.linalg.matrix_norm(fourth, keepdim=True) ** 0.25  # at least n^(−3/8), as |x| = 1
+            x, exact = x / norm, norm.to(torch.promote_types(norm.dtype, torch.float32))
+            quintic = (square * (b / exact**2) + fourth * (c / exact**4)).to(x.dtype)
+        else:
+            quintic = square_plus(square, alpha=c, beta=b)
+        x = product_plus(*((x, quintic) if tall else (quintic, x)), x, alpha=1.0, beta=a)
+    return x
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ The post has B_t = μ B_{t−1} + G_t; O does not see the factor.
 **Orthogonalisation** (``method``).  ``newton-schulz`` with ``iterations=5`` is what the post and ``torch.optim.Muon``
 do: it sends singular values between 0.002 |M| and |M| (the Frobenius norm) into [0.68, 1.21].  ``polar-express`` takes
 the best polynomial in each iteration and a tighter norm (see :func:`likely.optim.matrices.orthogonalized`): with
-``iterations=4`` and ``floor=0.005`` it sends those between 0.005 ‖M Mᵀ‖^½ and ‖M Mᵀ‖^½ into [0.91, 1.09], before
-rounding, at four fifths of the cost.  ``svd`` is exact and slow.
+``iterations=4`` and ``floor=0.005`` it sends those between 0.005 and 1 times (Σ σ⁸)^⅛ into [0.91, 1.09], rounding
+aside, at four fifths of the cost.  ``svd`` is exact and slow.
 """
 
 from __future__ import annotations
@@ -146,18 +146,19 @@ class Muon(MatrixRule):
         return {"momentum": torch.zeros(shape, **like)}
 
     def update_matrices(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
-        ahead = muon_momentum(bucket.gradients, bucket.state["momentum"], group["momentum"], group["nesterov"])
-        state, native = ahead[0].dtype, multiplies_bfloat16(ahead[0].device)
+        native = multiplies_bfloat16(bucket.gradients[0].device)
         half = group["precision"] == "bfloat16" or (group["precision"] == "auto" and native)
-        dtype = torch.bfloat16 if half and group["method"] != "svd" else state
-        matrices = [m.view(layout(tuple(m.shape), True, None, 0).shape) for m in ahead]
-        updates = list(matrices)
-        for indices in batched(range(len(matrices)), [(tuple(sorted(m.shape)),) for m in matrices]):
-            wide = [matrices[i] if matrices[i].shape[0] <= matrices[i].shape[1] else matrices[i].mT for i in indices]
-            x = stacked([matrix.to(dtype) for matrix in wide])
-            o = orthogonalized(x, group["method"], group["iterations"], group["floor"], group["norm_eps"])
-            for i, found in zip(indices, o.to(state)):
-                rows, columns = matrices[i].shape
-                update = found if rows <= columns else found.mT
-                updates[i] = update.mul(muon_scale(rows, columns, group["adjust"])).reshape(ahead[i].shape)
+        how = (group["method"], group["iterations"], group["floor"], group["norm_eps"])
+        updates = list(bucket.gradients)
+        shapes = [layout(tuple(g.shape), True, None, 0).shape for g in updates]
+        for indices in batched(range(len(updates)), [(shape,) for shape in shapes]):
+            gradients, momenta = ([x[i] for i in indices] for x in (bucket.gradients, bucket.state["momentum"]))
+            ahead = muon_momentum(gradients, momenta, group["momentum"], group["nesterov"])
+            rows, columns = shapes[indices[0]]
+            x = stacked([m.to(torch.bfloat16 if half and how[0] != "svd" else m.dtype) for m in ahead])
+            o = orthogonalized(x.reshape(-1, rows, columns), *how)
+            scale = muon_scale(rows, columns, group["adjust"])
+            for i, m, found in zip(indices, ahead, o):
+                room = m if group["nesterov"] else torch.empty_like(m)
+                updates[i] = room.copy_(found.view(m.shape)).mul_(scale)
         return updates
