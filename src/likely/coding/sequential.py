@@ -13,9 +13,11 @@ from likely.coding.cells import Mask
 from likely.coding.distributions import codec_of
 from likely.coding.rows import Rows
 from likely.coding.stack import Stack
+from likely.coding.tables import inverse_scale, logistic
 from likely.contract import Space
 from likely.distributions import Distribution
 from likely.exact import Network
+from likely.exact.functions import log
 
 #: ``walk(n, condition)`` yields the distribution of the next cell of n examples, and is sent what the cell is.
 Walk: TypeAlias = Callable[[int, "Tensor | None"], Generator[Distribution, Tensor, None]]
@@ -87,6 +89,23 @@ class SequentialCodec:
             found.append(walk.send(last))  # type: ignore[arg-type]
             last = x.flatten(1)[:, t]
         return reversed(found)
+
+
+def log_level(x: Tensor, means: Tensor, log_scales: Tensor, levels: int) -> Tensor:
+    """:func:`likely.distributions.logistic.log_level` from the tables that codes are made of, float64.
+
+    The mass of a level is a multiple of 2^−50; where that is none it is taken for 2^−50.
+    """
+    law, half = logistic(), 0.5 * (levels - 1)
+    symbols, centre = x.double().cpu().numpy(), means.double().cpu().numpy()
+    centre += 1.0
+    centre *= half
+    rate = inverse_scale(log_scales.cpu().numpy())
+    rate *= law.steps / half
+    upper, lower = ((symbols + shift - centre) * rate + law.centre for shift in (0.5, -0.5))
+    mass = np.where(symbols == levels - 1, 1.0, law.cdf(upper))
+    mass -= np.where(symbols == 0, 0.0, law.cdf(lower))
+    return torch.from_numpy(log(np.maximum(mass, 2.0**-50, out=mass))).to(means.device)
 
 
 def _refuse_absent(present: Mask | None) -> None:

@@ -6,7 +6,8 @@ value, the law of the other C − 1.  This is the order in which a pixel is draw
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from torch import Tensor
 from likely.distributions.bernoulli import Bernoulli
 from likely.distributions.logistic import DiscretizedLogisticMixture, log_level
 from likely.distributions.protocol import Distribution
-from likely.exact import functions
+
+#: ``log_mass(x, means, log_scales, levels)``: what :func:`~likely.distributions.logistic.log_level` computes.
+LogMass: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
 class PixelLaw(Protocol):
@@ -55,7 +58,7 @@ class PixelMixture:
         slopes: a, shape ``(rows, C (C − 1) / 2, K)``: those of the first colour on all later ones, then of the second …
         reference: r, shape ``(rows, C)``.
         levels: L.
-        exact: whether ``given`` computes with operations that have the same bits on every machine, in float64.
+        log_mass: what ``given`` takes log P(x | m, s) from; a codec brings one with the same bits on every machine.
     """
 
     def __init__(
@@ -66,10 +69,10 @@ class PixelMixture:
         slopes: Tensor,
         reference: Tensor,
         levels: int,
-        exact: bool = False,
+        log_mass: LogMass = log_level,
     ) -> None:
         self.logits, self.means, self.log_scales = logits, means, log_scales
-        self.slopes, self.reference, self.levels, self.exact = slopes, reference, levels, exact
+        self.slopes, self.reference, self.levels, self.log_mass = slopes, reference, levels, log_mass
 
     @property
     def first(self) -> DiscretizedLogisticMixture:
@@ -81,8 +84,8 @@ class PixelMixture:
         later = self.means.shape[1] - 1
         u = x * (2.0 / (self.levels - 1)) - 1.0
         moved = self.slopes[:, :later] * (u - self.reference[:, 0]).unsqueeze(-1).unsqueeze(-1)
-        log_mass = _log_level_exactly if self.exact else log_level
-        found = log_mass(x.unsqueeze(-1), self.means[:, 0], self.log_scales[:, 0].clamp(min=-7.0), self.levels)
+        first = self.first
+        found = self.log_mass(x.unsqueeze(-1), first.means, first.log_scales, self.levels)
         return PixelMixture(
             self.logits + found,
             self.means[:, 1:] + moved,
@@ -90,13 +93,13 @@ class PixelMixture:
             self.slopes[:, later:],
             self.reference[:, 1:],
             self.levels,
-            self.exact,
+            self.log_mass,
         )
 
     def __getitem__(self, rows: slice) -> PixelMixture:
         parts = (self.logits, self.means, self.log_scales, self.slopes, self.reference)
         logits, means, log_scales, slopes, reference = (part[rows] for part in parts)
-        return PixelMixture(logits, means, log_scales, slopes, reference, self.levels, self.exact)
+        return PixelMixture(logits, means, log_scales, slopes, reference, self.levels, self.log_mass)
 
     def log_probs(self, x: Tensor) -> Tensor:
         law, evidence = self, [torch.logsumexp(self.logits, 1)]
@@ -104,18 +107,6 @@ class PixelMixture:
             law = law.given(colour)
             evidence.append(torch.logsumexp(law.logits, 1))
         return torch.stack(evidence, 1).diff(dim=1)
-
-
-def _log_level_exactly(x: Tensor, means: Tensor, log_scales: Tensor, levels: int) -> Tensor:
-    """:func:`log_level` in reproducible float64, as log of σ(a) σ(−b) (1 − e^(b − a)); not below log 10⁻³⁰⁰."""
-    x, means = x.double(), means.double()
-    half = 1.0 / (levels - 1)
-    precision = functions.exp(-log_scales.double())
-    centred = (x * (2.0 * half) - 1.0) - means
-    upper = torch.where(x == levels - 1, 1.0, functions.sigmoid((centred + half) * precision))
-    lower = torch.where(x == 0, 1.0, functions.sigmoid((half - centred) * precision))
-    inside = torch.where((x == 0) | (x == levels - 1), 1.0, -functions.expm1(precision * (-2.0 * half)))
-    return functions.log((upper * lower * inside).clamp(min=1e-300))
 
 
 class PixelBernoulli:

@@ -38,7 +38,8 @@ from likely.contract import (
     noise_or_global,
 )
 from likely.distributions import Distribution
-from likely.distributions.pixel import PixelBernoulli, PixelLaw, PixelMixture
+from likely.distributions.logistic import log_level
+from likely.distributions.pixel import LogMass, PixelBernoulli, PixelLaw, PixelMixture
 from likely.networks import Features, Linear, full_precision
 from likely.networks.causal import CausalPatch, ResidualRows
 from likely.noise import Noise
@@ -146,7 +147,7 @@ class PixelCNN(Model):
 
     # The law of a pixel --------------------------------------------------------------------------------------
 
-    def _law(self, numbers: Tensor, linear: Tensor, patch: Tensor, exact: bool = False) -> PixelLaw:
+    def _law(self, numbers: Tensor, linear: Tensor, patch: Tensor, log_mass: LogMass = log_level) -> PixelLaw:
         """The law of pixels, by elementwise operations on what the layers give.
 
         Args:
@@ -163,9 +164,8 @@ class PixelCNN(Model):
         reference = patch[:, self.west] + unit * linear
         means = reference.unsqueeze(-1) + unit.unsqueeze(-1) * means.reshape(-1, colours, k)
         log_scales = log_scales.reshape(-1, colours, k) + self.log_unit.to(numbers.dtype).unsqueeze(-1)
-        return PixelMixture(
-            logits, means, log_scales, slopes.reshape(len(slopes), -1, k), reference, self.levels, exact
-        )
+        slopes = slopes.reshape(len(slopes), -1, k)
+        return PixelMixture(logits, means, log_scales, slopes, reference, self.levels, log_mass)
 
     def _relative(self, patch: Tensor) -> Tensor:
         """δ, with u_w itself in its own place: shape ``(rows, taps · C)``."""
@@ -234,20 +234,22 @@ class PixelCNN(Model):
 
     # Pixel after pixel ---------------------------------------------------------------------------------------
 
-    def _walk(self, n: int, context: Tensor | None, step: Step | None = None) -> Generator[Distribution, Tensor, None]:
+    def _walk(
+        self, n: int, context: Tensor | None, step: Step | None = None, log_mass: LogMass = log_level
+    ) -> Generator[Distribution, Tensor, None]:
         """The distributions of all cells of n images, in order; each cell's levels ``(n,)`` are sent before the next.
 
         Nothing is computed twice: every stage keeps the map that the next one looks at.
 
         Args:
-            step: what computes a pixel, in reproducible arithmetic; by default the layers themselves do.
+            step, log_mass: what computes a pixel and its law, in reproducible arithmetic; by default in floating point.
         """
         colours, height, width = self.space.shape
         fills = [self.fill] + [self.fill.new_zeros(self.row.shape[1])] * (len(self.patches) - 1)
         maps = [patches.empty(n, height, width, fill) for patches, fill in zip(self.patches, fills)]
         for i, j in itertools.product(range(height), range(width)):
             numbers, linear, patch = (step or self._step)(maps, i, j, context)
-            law = self._law(numbers, linear, patch, exact=step is not None)
+            law = self._law(numbers, linear, patch, log_mass)
             levels = [(yield law.first)]
             for _ in range(colours - 1):
                 law = law.given(levels[-1])
@@ -284,7 +286,7 @@ class PixelCNN(Model):
         With one stage the encoder takes a row of pixels at a time, the last one first; with more it walks as the
         decoder does.
         """
-        from likely.coding.sequential import SequentialCodec
+        from likely.coding import sequential
         from likely.exact import network
 
         exact = network(self)
@@ -299,14 +301,14 @@ class PixelCNN(Model):
             return exact.run(model._step, *arguments)
 
         def walk(n: int, condition: Tensor | None) -> Generator[Distribution, Tensor, None]:
-            return model._walk(n, context_of(condition), step)
+            return model._walk(n, context_of(condition), step, sequential.log_level)
 
         def backwards(x: Tensor, condition: Tensor | None) -> Iterator[Distribution]:
             context, n = context_of(condition), len(x)
             padded = model.patches[0].pad(model._to_unit(x.movedim(1, -1)), model.fill)
             for i in reversed(range(height)):
                 numbers, linear, patch = exact.run(model._row, padded, i, context)
-                laws = [model._law(numbers, linear, patch, exact=True)]
+                laws = [model._law(numbers, linear, patch, sequential.log_level)]
                 for c in range(colours - 1):
                     laws.append(laws[-1].given(x[:, c, i].t().flatten()))
                 for j in reversed(range(width)):
@@ -314,7 +316,7 @@ class PixelCNN(Model):
                         yield law[j * n : (j + 1) * n].first
 
         order = torch.arange(self.space.dims).reshape(self.space.shape).permute(1, 2, 0).flatten().tolist()
-        return SequentialCodec(self.space, exact, order, walk, backwards if len(self.stages) == 1 else None)
+        return sequential.SequentialCodec(self.space, exact, order, walk, backwards if len(self.stages) == 1 else None)
 
     def sample(self, n: int, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         """Each colour of each pixel drawn from its law given all before it."""
