@@ -102,6 +102,7 @@ class CategoricalCells(Cells):
 
     Args:
         logits: float32 or float64, shape ``(*shape, n)``; −inf gives a category the frequency 1.
+        precision: P; by default 24, or 28 for a large alphabet.
 
     >>> stack = Stack()
     >>> cells = CategoricalCells(np.float32([[0.0, 2.0, -np.inf], [1.0, 1.0, 1.0]]))
@@ -110,10 +111,12 @@ class CategoricalCells(Cells):
     array([1, 2])
     """
 
-    def __init__(self, logits: NDArray[Any], present: ArrayLike | None = None) -> None:
+    def __init__(
+        self, logits: NDArray[Any], present: ArrayLike | None = None, *, precision: int | None = None
+    ) -> None:
         super().__init__(logits.shape[:-1], present)
         self.levels = logits.shape[-1]
-        self.precision = precision_for(self.levels)
+        self.precision = precision_for(self.levels) if precision is None else precision
         refuse_non_finite("logits", logits, lowest_may_be_infinite=True)
         self._logits = self._select(logits, 1)
         self._rows = max(1, (1 << 17) // self.levels)

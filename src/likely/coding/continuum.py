@@ -9,8 +9,7 @@ of a cell (but for the two at zero) have the same spacing, and −log2(mass of t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,64 +44,53 @@ def from_ordered(ranks: Integers) -> Floats:
     return np.where(ranks < 0, _MIN - ranks - 1, ranks).view(np.float64)
 
 
-class DoubleCells(IntervalCells):
-    """One numeric column without a grid: mixtures of logistics over float64; symbols are :func:`ordered` numbers.
+class FloatCells(IntervalCells):
+    """Floats, by the cell of a grid of 2^16 cells around a middle; symbols are :func:`ordered` numbers.
+
+    A float beyond the grid is coded as an outer cell, followed by its bits.  Positions of a law are cells counted from
+    the middle one, an integer where that cell begins.
 
     Args:
-        logits, means, log_scales: shape ``(n, K)``; means and scales in standard units.
-        location, scale: raw value = location + scale · standard value.
+        spacing: of the grid, powers of two: shape of the symbols, or one number.
+        middle: the middle cell, whole numbers within ± 2^51, of the same shape.
         spare_bits: 0 … 52: every value has so many zeros at the end of its bits (29 where all are float32).
     """
 
     def __init__(
         self,
-        logits: NDArray[Any],
-        means: NDArray[Any],
-        log_scales: NDArray[Any],
-        location: float,
-        scale: float,
+        shape: Sequence[int],
+        spacing: ArrayLike,
+        middle: ArrayLike,
         spare_bits: int = 0,
         present: ArrayLike | None = None,
     ) -> None:
         if not 0 <= spare_bits <= 52:
             raise ValueError(f"spare_bits: expected 0 … 52, got {spare_bits}")
-        spacing = math.ldexp(1.0, math.frexp(scale / _PER_UNIT)[1] - 1)
-        if not 2.0**-900 < spacing < 2.0**900:
-            raise ValueError(f"scale: expected a number from 1e-250 to 1e250, got {scale}")
-        middle = min(max(math.floor(location / spacing), -(1 << 51)), 1 << 51)
-        super().__init__(means.shape[:1], middle - _CELLS // 2, _CELLS, present=present)
-        refuse_non_finite("logits", logits, lowest_may_be_infinite=True)
-        refuse_non_finite("means", means)
-        refuse_non_finite("log_scales", log_scales)
-        self.spacing, self.spare = spacing, np.int64(spare_bits)
-        # A cell starts at its left edge: its middle is half a cell further, where the law's grid has the cell itself.
-        self._centre, self._unit = location / spacing - 0.5, scale / spacing
-        self._logits, self._means, self._log_scales = (self._select(a, 1) for a in (logits, means, log_scales))
+        super().__init__(shape, -_CELLS // 2, _CELLS, present=present)
+        self.spare = np.int64(spare_bits)
+        self._spacing = self._select(np.broadcast_to(np.asarray(spacing, np.float64), self.shape))
+        self._middle = self._select(np.broadcast_to(np.asarray(middle, np.int64), self.shape))
 
-    def _law(self, some: Some) -> Cumulative:
-        log_scales = np.maximum(self._log_scales[some], self._log_scales.dtype.type(-7.0))
-        logits = np.ascontiguousarray(self._logits[some].T)
-        portions = shares(weights(logits, logits.max(0)))
-        return Mixture([standard_logistics(self._means[some], log_scales, portions, self._centre, self._unit)])
-
-    def _first(self, cell: Integers) -> Integers:
+    def _first(self, cell: Integers, some: Some) -> Integers:
         """Rank of the first float of a cell."""
-        return ordered(cell.astype(np.float64) * self.spacing)
+        return ordered((cell + self._middle[some]).astype(np.float64) * self._spacing[some])
 
     def _cell(self, ranks: Integers) -> Integers:
-        """Cell of each float; the outer cells for what lies beyond the range and for what is no number."""
+        """Cell of each float; the outer cells for what lies beyond the grid and for what is no number."""
         values = from_ordered(ranks)
         last = self.low + _CELLS - 1
         with np.errstate(over="ignore", invalid="ignore"):
-            cell = np.floor(np.clip(np.nan_to_num(values / self.spacing, nan=-np.inf), self.low, last)).astype(np.int64)
-        cell -= (ranks == -1) & (cell == 0)  # −0.0 is the last float below 0.0
+            cells = np.floor(values / self._spacing) - self._middle
+            cell = np.clip(np.nan_to_num(cells, nan=-np.inf), self.low, last).astype(np.int64)
+        cell -= (ranks == -1) & (cell == -self._middle)  # −0.0 is the last float below 0.0
         return np.clip(cell, self.low, last)
 
     def _within(self, cell: Integers) -> tuple[Mask, Integers, Integers]:
         """Which cells are inner ones, the first rank of these, and how many floats they have."""
         inner = (cell > self.low) & (cell < self.low + _CELLS - 1)
-        first = self._first(cell[inner])
-        sizes = (self._first(cell[inner] + 1) >> self.spare) - (first >> self.spare)
+        some = np.flatnonzero(inner)
+        first = self._first(cell[some], some)
+        sizes = (self._first(cell[some] + 1, some) >> self.spare) - (first >> self.spare)
         return inner, first, np.maximum(sizes, 1)
 
     def _steps(self, symbols: Integers) -> Iterable[Step]:
@@ -135,3 +123,47 @@ class DoubleCells(IntervalCells):
 
     def _domain(self) -> str:
         return f"the rank of a float64 whose last {self.spare} bits are 0"
+
+
+class DoubleCells(FloatCells):
+    """One numeric column without a grid: mixtures of logistics over float64.
+
+    Args:
+        logits, means, log_scales: shape ``(n, K)``; means and scales in standard units.
+        location, scale: raw value = location + scale · standard value.
+        spare_bits: as for :class:`FloatCells`.
+    """
+
+    def __init__(
+        self,
+        logits: NDArray[Any],
+        means: NDArray[Any],
+        log_scales: NDArray[Any],
+        location: float,
+        scale: float,
+        spare_bits: int = 0,
+        present: ArrayLike | None = None,
+    ) -> None:
+        spacing, middle = grid_of(np.array(location), np.array(scale))
+        super().__init__(means.shape[:1], spacing, middle, spare_bits, present)
+        refuse_non_finite("logits", logits, lowest_may_be_infinite=True)
+        refuse_non_finite("means", means)
+        refuse_non_finite("log_scales", log_scales)
+        # A cell starts at its left edge: its middle is half a cell further, where the law's grid has the cell itself.
+        self._centre, self._unit = location / float(spacing) - 0.5 - int(middle), scale / float(spacing)
+        self._logits, self._means, self._log_scales = (self._select(a, 1) for a in (logits, means, log_scales))
+
+    def _law(self, some: Some) -> Cumulative:
+        log_scales = np.maximum(self._log_scales[some], self._log_scales.dtype.type(-7.0))
+        logits = np.ascontiguousarray(self._logits[some].T)
+        portions = shares(weights(logits, logits.max(0)))
+        return Mixture([standard_logistics(self._means[some], log_scales, portions, self._centre, self._unit)])
+
+
+def grid_of(location: Floats, scale: Floats) -> tuple[Floats, Integers]:
+    """Spacing and middle cell of a grid with 512 to 1024 cells in a unit ``scale``, around ``location``."""
+    exponent = np.frexp(scale / _PER_UNIT)[1] - 1
+    if not ((exponent > -900) & (exponent < 900)).all():
+        raise ValueError(f"scale: expected numbers from 1e-250 to 1e250, got {scale}")
+    spacing = np.ldexp(1.0, exponent)
+    return spacing, np.clip(np.floor(location / spacing), -(2.0**51), 2.0**51).astype(np.int64)

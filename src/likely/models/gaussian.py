@@ -35,9 +35,12 @@ Parameters are float64 buffers and so is the arithmetic; the numbers belong to t
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +62,11 @@ from likely.contract import (
 from likely.data.streaming import Moments
 from likely.models.independent import Independent
 from likely.noise import Noise
+
+if TYPE_CHECKING:
+    from likely.coding.cells import CellCodec, Mask
+    from likely.coding.components import DirectCodec
+    from likely.coding.normals import Covariance, NormalColumn
 
 _LOG_2PI = math.log(2.0 * math.pi)
 _LEAST_SHRINKAGE = 1e-8
@@ -232,6 +240,70 @@ class Gaussian(Model):
         x[:, self._coded] = coded.to(x)
         return x
 
+    # ----------------------------------------------------------------------------------------------- the codec
+
+    def codec(
+        self, spacing: float | None = None, bound: float | None = None, spare_bits: Sequence[int] | None = None
+    ) -> DirectCodec:
+        """The numeric cells one after another, each under its law given those before it; coded columns beside them.
+
+        On a grid a cell has its mass under that law, so the code is shorter than the bound (6).
+
+        Raises:
+            NoCodec: real numbers without a grid.
+        """
+        from likely.coding.components import ColumnParts, DirectCodec
+        from likely.coding.normals import chain_rows
+        from likely.coding.rows import Rows
+        from likely.coding.staircase import parameters
+
+        rows, columns = Rows(self.space, spacing), self._columns(spacing, bound, spare_bits)
+        covariance, features = self.law.exact_covariance(), copy.deepcopy(self.features).cpu()
+        coefficients = parameters(self.coefficients)
+        beside = None if self.beside is None else self.beside.staircases()
+
+        def cells(n: int, present: Mask | None, condition: Tensor | None) -> CellCodec:
+            f = parameters(features(condition, n))
+            base = np.zeros((self.dims, n))
+            for i in range(f.shape[1]):  # B f(c), summed in this order everywhere
+                base += coefficients[:, i, None] * f[:, i]
+            numeric, coded = (None if present is None else present[:, some] for some in (self._numeric, self._coded))
+            chain = chain_rows(columns, covariance, base, numeric)
+            if beside is None:
+                return chain
+            parts = [(self._numeric, chain), (self._coded, beside.cells(n, None, coded))]
+            return ColumnParts((n, self.space.dims), parts)
+
+        def legal(symbols: Integers, present: Mask | None) -> Mask:
+            good = np.ones(symbols.shape, bool) if present is None else ~present
+            for j, column in zip(self._numeric, columns):
+                good[:, j] |= column.legal(symbols[:, j])
+            if beside is not None:
+                good[:, self._coded] |= beside.cells(len(symbols)).legal(symbols[:, self._coded])
+            return good
+
+        return DirectCodec(rows, cells, legal)
+
+    def _columns(
+        self, spacing: float | None, bound: float | None, spare_bits: Sequence[int] | None
+    ) -> list[NormalColumn]:
+        """The numeric cells, as their codec sees them."""
+        from likely.coding.normals import NormalColumn
+        from likely.coding.rows import spare_at_most
+        from likely.coding.staircase import Lattice
+
+        lattice = Lattice(spacing, bound, spare_at_most(spare_bits, self.space))
+        levels = {Binary: 2, Integers: getattr(self.space, "levels", 0)}.get(type(self.space))
+        columns = []
+        for j in range(self.dims):
+            line, low, high = lattice.column(float(self.spacing[j])), None, None
+            if line.most is not None:
+                low, high = -line.most, line.most
+            elif levels is not None:
+                low, high = 0, levels - 1
+            columns.append(NormalColumn(float(self.shift[j]), float(self.scale[j]), line, low, high))
+        return columns
+
     # ------------------------------------------------------------------------------------------------- the fit
 
     @torch.no_grad()
@@ -397,6 +469,13 @@ class _Full(nn.Module):
             nats[rows] = -0.5 * (mask.sum(1) * _LOG_2PI + log_det + inner + penalty)
         return nats
 
+    def exact_covariance(self) -> Covariance:
+        """Σ as the codec computes with it."""
+        from likely.coding.normals import FullCovariance
+        from likely.coding.staircase import parameters
+
+        return FullCovariance(parameters(self.cholesky))
+
     def covariance(self) -> Tensor:
         """Σ, shape ``(dims, dims)``."""
         return self.cholesky @ self.cholesky.T
@@ -455,6 +534,13 @@ class _Factor(nn.Module):
         self.register_buffer("variance", torch.ones((), dtype=torch.float64))
         self.weights: Tensor
         self.variance: Tensor
+
+    def exact_covariance(self) -> Covariance:
+        """Σ as the codec computes with it."""
+        from likely.coding.normals import LowRankCovariance
+        from likely.coding.staircase import parameters
+
+        return LowRankCovariance(parameters(self.weights), float(self.variance))
 
     def covariance(self) -> Tensor:
         """Equation (3), shape ``(dims, dims)``."""

@@ -35,7 +35,8 @@ One pass.  Arithmetic is float64; the numbers belong to the raw data.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,10 @@ from likely.distributions.counts import NegativeBinomial
 from likely.distributions.grid_normal import log_cell_mass
 from likely.distributions.logistic import log_interval
 from likely.noise import Noise
+
+if TYPE_CHECKING:
+    from likely.coding.components import DirectCodec
+    from likely.coding.staircase import Lattice, Staircase, Staircases
 
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 _SAMPLE_ROWS, _SAMPLE_CELLS = 1 << 13, 1 << 21
@@ -163,6 +168,38 @@ class Independent(Model):
             best[columns] = marginal.best()
         return torch.where(absent, best.reshape(self.space.shape), x)
 
+    def codec(
+        self, spacing: float | None = None, bound: float | None = None, spare_bits: Sequence[int] | None = None
+    ) -> DirectCodec:
+        """Every cell by a table of its law, (1); it costs −log2 p(x).
+
+        Raises:
+            NoCodec: real numbers without a grid.
+        """
+        from likely.coding.components import DirectCodec
+        from likely.coding.rows import Rows
+
+        rows = Rows(self.space, spacing)
+        laws = self.staircases(spacing, bound, spare_bits)
+        return DirectCodec(
+            rows,
+            lambda n, present, condition: laws.cells(n, None, present),
+            lambda symbols, present: laws.cells(len(symbols), None, present).legal(symbols),
+        )
+
+    def staircases(
+        self, spacing: float | None = None, bound: float | None = None, spare_bits: Sequence[int] | None = None
+    ) -> Staircases:
+        """The laws of all cells as tables of integers; arguments as for :meth:`codec`."""
+        from likely.coding.rows import spare_at_most
+        from likely.coding.staircase import Lattice, Staircases
+
+        lattice = Lattice(spacing, bound, spare_at_most(spare_bits, self.space))
+        laws: dict[int, Staircase] = {}
+        for columns, marginal in self._laws():
+            laws.update(zip(columns, marginal.staircases(lattice)))
+        return Staircases([laws[j] for j in range(self.space.dims)])
+
     def estimate(self, batches: Batches, report: Callable[[int, float], None] | None = None) -> None:
         """One pass over the data; memory does not grow with the number of examples."""
         for _, marginal in self._laws():
@@ -221,6 +258,10 @@ class _Marginal(nn.Module):
         """Become skewed marginals, for the checks."""
         raise NotImplementedError
 
+    def staircases(self, lattice: Lattice) -> list[Staircase]:
+        """The law of every cell as a table of integers."""
+        raise NotImplementedError
+
 
 class _Categories(_Marginal):
     """Codes 0 … levels − 1 in every cell, equation (1) over the pooled or the uniform law."""
@@ -260,6 +301,11 @@ class _Categories(_Marginal):
 
     def practise(self, generator: torch.Generator) -> None:
         self.log_p.copy_(torch.log_softmax(torch.randn(self.log_p.shape, generator=generator), 1))
+
+    def staircases(self, lattice: Lattice) -> list[Staircase]:
+        from likely.coding.staircase import codes, parameters
+
+        return [codes(log_p[None]) for log_p in parameters(self.log_p)]
 
 
 class _Numbers(_Marginal):
@@ -414,6 +460,32 @@ class _Numbers(_Marginal):
             self.log_stored[j, :2] = torch.tensor([0.3, 0.1], dtype=torch.float64).log()
             self.log_smooth[j] = math.log(0.6)
 
+    def staircases(self, lattice: Lattice) -> list[Staircase]:
+        from likely.coding.staircase import Part, numbers, parameters
+        from likely.coding.tables import logistic
+        from likely.exact.functions import exp
+
+        laws = []
+        for j, width in enumerate(self.width.tolist()):
+            of = slice(j, j + 1)
+            guard, smooth = exp(parameters(self.log_guard[of])), exp(parameters(self.log_smooth[of]))
+            body = exp(parameters(self.log_weight[of])) * (smooth * (1.0 - guard))[:, None]
+            parts = [
+                Part(body, parameters(self.mean[of]), parameters(self.scale[of])),
+                Part(
+                    (smooth * guard)[:, None],
+                    parameters(self.guard_mean[of, None]),
+                    parameters(self.guard_scale[of, None]),
+                    logistic,
+                ),
+            ]
+            atoms = None
+            if width > 0:
+                used = self.step[j].isfinite()
+                atoms = self.step[j, used].long().cpu().numpy(), exp(parameters(self.log_stored[of, used]))
+            laws.append(numbers(parts, lattice.column(width), atoms))
+        return laws
+
 
 class _Amounts(_Marginal):
     """Counts without a limit: equation (1) below ``values``, over a negative binomial with a geometric guard."""
@@ -506,6 +578,22 @@ class _Amounts(_Marginal):
         scale = torch.linspace(1.0, 2.0, self.cells, dtype=torch.float64)
         self.add((torch.randn((32, self.cells), generator=generator).double().exp() * scale).floor())
         self.finish()
+
+    def staircases(self, lattice: Lattice) -> list[Staircase]:
+        from likely.coding.staircase import CountLaws, counts, parameters
+        from likely.exact.functions import exp, log1p
+
+        log_guard, log_smooth = parameters(self.log_guard), parameters(self.log_smooth)
+        log_body = log_smooth + log1p(-exp(log_guard))
+        laws = []
+        for j in range(self.cells):
+            of = slice(j, j + 1)
+            body = CountLaws(parameters(self.log_mean[of]), parameters(self.log_dispersion[of]), log_body[of])
+            guard = CountLaws(parameters(self.log_guard_mean[of]), 0.0 * log_guard[of], (log_smooth + log_guard)[of])
+            used = (self.log_stored[j] > -math.inf).nonzero().squeeze(1)
+            stored = used.cpu().numpy(), exp(parameters(self.log_stored[of, used]))
+            laws.append(counts([body, guard], stored))
+        return laws
 
 
 def space_levels(space: Space) -> int:

@@ -37,9 +37,10 @@ gradients as the prior of a latent-variable model.  Untrained it is K spread com
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ from likely.distributions.grid_normal import cell_moments, log_cell_mass
 from likely.models.gaussian import leave_one_out, patterns, share_rest
 from likely.models.independent import invert, space_levels
 from likely.noise import Noise, torch_generator
+
+if TYPE_CHECKING:
+    from likely.coding.components import ComponentsCodec
+    from likely.coding.normals import DiagonalNormals, JointNormals
+    from likely.coding.staircase import Lattice, Staircase
 
 _LOG_2PI = math.log(2.0 * math.pi)
 _SAMPLE_ROWS, _SAMPLE_CELLS = 4096, 1 << 22
@@ -240,6 +246,32 @@ class Mixture(Model):
                     new[:, columns] = law.draw_missing(component, cells, present, noise)
             filled.append(torch.where(torch.isnan(x), new.reshape(x.shape), x.to(new)))
         return torch.stack(filled) if draws else filled[0]
+
+    # ----------------------------------------------------------------------------------------------- the codec
+
+    def codec(
+        self, spacing: float | None = None, bound: float | None = None, spare_bits: Sequence[int] | None = None
+    ) -> ComponentsCodec:
+        """Bits-back over the component, by its responsibility (2): it costs −log2 of (1).
+
+        Raises:
+            NoCodec: real numbers without a grid.
+        """
+        from likely.coding.components import ComponentsCodec, Laws
+        from likely.coding.rows import Rows, spare_at_most
+        from likely.coding.staircase import Lattice, Staircases, parameters
+
+        rows, log_weights = Rows(self.space, spacing), parameters(self.logits)
+        lattice = Lattice(spacing, bound, spare_at_most(spare_bits, self.space))
+        if spacing is not None and bound is not None:
+            law = self.laws[0]
+            assert isinstance(law, _Normals | _FullNormals)
+            return ComponentsCodec(rows, law.on_grid(spacing, bound), log_weights)
+        tables: dict[int, Staircase] = {}
+        for columns, law in self._laws():
+            tables.update(zip(columns, law.staircases(lattice)))
+        laws: Laws = Staircases([tables[j] for j in range(self.space.dims)])
+        return ComponentsCodec(rows, laws, log_weights)
 
     # ------------------------------------------------------------------------------------------------- the fit
 
@@ -421,6 +453,10 @@ class _Law(nn.Module):
         """log p(θ) in nats, up to a constant."""
         raise NotImplementedError
 
+    def staircases(self, lattice: Lattice) -> list[Staircase]:
+        """The laws of every cell as tables of integers."""
+        raise NotImplementedError
+
 
 class _Codes(_Law):
     """Categorical cells; cell j owns the codes ``offset[j]`` … ``offset[j + 1]`` − 1 of one long table."""
@@ -528,6 +564,12 @@ class _Codes(_Law):
 
     def log_prior(self, a: float) -> float:
         return a * float((self._marginal * self._log_table()).sum())
+
+    def staircases(self, lattice: Lattice) -> list[Staircase]:
+        from likely.coding.staircase import codes, parameters
+
+        table = parameters(self.logits)
+        return [codes(table[:, first : first + count]) for first, count in zip(self.offset.tolist(), self.levels)]
 
 
 class _Normals(_Law):
@@ -734,6 +776,28 @@ class _Normals(_Law):
             value = value + torch.where(self._chances > 0, self._chances * log_weights, 0.0).sum()
         return a * float(value)
 
+    def on_grid(self, spacing: float, bound: float) -> DiagonalNormals:
+        """The laws of reals that live on a grid."""
+        from likely.coding.normals import DiagonalNormals
+        from likely.coding.staircase import parameters
+
+        return DiagonalNormals(parameters(self.mean), parameters(self.log_scale), spacing, bound)
+
+    def staircases(self, lattice: Lattice) -> list[Staircase]:
+        from likely.coding.staircase import Part, numbers, parameters, shares_of
+        from likely.exact.functions import exp
+
+        mean, scale = parameters(self.mean), exp(parameters(self.log_scale))
+        laws = []
+        for j, width in enumerate(self.width.tolist()):
+            of, shares, atoms = slice(j, j + 1), np.ones((len(mean), 1)), None
+            if width > 0 and self.atoms:
+                used = [*self.step[j].isfinite().nonzero().squeeze(1).tolist(), self.atoms]
+                shares = shares_of(parameters(self.logits[:, j, used]))
+                atoms = self.step[j, used[:-1]].long().cpu().numpy(), shares[:, :-1]
+            laws.append(numbers([Part(shares[:, -1:], mean[:, of], scale[:, of])], lattice.column(width), atoms))
+        return laws
+
 
 class _FullNormals(_Law):
     """Real cells that are jointly normal in each component: Σ_k = L_k L_kᵀ."""
@@ -774,6 +838,17 @@ class _FullNormals(_Law):
                 diagonal = precision.diagonal(dim1=1, dim2=2)
                 nats[rows, k] = leave_one_out(diagonal, pulled, torch.zeros_like(diagonal))
         return torch.where(present.unsqueeze(1), nats, 0.0)
+
+    def on_grid(self, spacing: float, bound: float) -> JointNormals:
+        """The laws of reals that live on a grid."""
+        from likely.coding.normals import JointNormals
+        from likely.coding.staircase import parameters
+        from likely.exact.functions import exp
+
+        root, place = parameters(self.root), np.arange(self.root.shape[1])
+        factors = np.tril(root, -1)
+        factors[:, place, place] = exp(np.ascontiguousarray(root[:, place, place]))
+        return JointNormals(parameters(self.mean), factors, spacing, bound)
 
     def _expected(self, k: int, x: Tensor, present: Tensor) -> Tensor:
         """E[x | the cells that are present] in component k."""
@@ -974,6 +1049,17 @@ class _Amounts(_Law):
             rho = self.log_dispersion.double().exp()
             value = value + (rho * rho.log() - torch.lgamma(rho) - (rho - 1.0) * self._curvature - rho).sum()
         return a * float(value)
+
+    def staircases(self, lattice: Lattice) -> list[Staircase]:
+        from likely.coding.staircase import CountLaws, counts, parameters
+
+        log_mean = parameters(self.log_mean)
+        log_r = None if self.log_dispersion is None else parameters(self.log_dispersion)
+        nothing = np.zeros(len(log_mean))
+        return [
+            counts([CountLaws(log_mean[:, j], None if log_r is None else log_r[:, j], nothing)])
+            for j in range(log_mean.shape[1])
+        ]
 
 
 def _solve_dispersion(target: Tensor) -> Tensor:
