@@ -27,6 +27,7 @@ from likely.coding import fallback
 from likely.coding.bits_back import decode_rows, encode_rows
 from likely.coding.codec import ModelCodec
 from likely.coding.container import Chunk, Limits, Reader, Writer, canonical_json, content_digest
+from likely.coding.described import PatternCells
 from likely.coding.errors import Damaged, ForeignArithmetic, NewerVersion, WrongModel, located
 from likely.coding.fingerprint import fingerprint
 from likely.coding.parallel import map_chunks, usable_cores
@@ -116,7 +117,7 @@ class _Layout:
         return cells * self._type.itemsize, math.ceil(cells / 8) if self.may_miss else 0
 
     def to_bytes(self, x: Tensor) -> tuple[bytes, bytes]:
-        """Values, and the pattern of holes (empty where the space has none)."""
+        """Values, and the pattern of holes as one bit a cell (empty where the space has none)."""
         if self._rows is None:
             absent = torch.isnan(x)
             values, present = torch.nan_to_num(x.double(), 0.0).numpy(), ~absent.numpy()
@@ -126,17 +127,37 @@ class _Layout:
         octets = self._ordered(values).astype(self._type.newbyteorder("<")).tobytes()
         return octets, np.packbits(self._ordered(present)).tobytes() if self.may_miss else b""
 
-    def holes(self, octets: bytes, n: int) -> np.ndarray | None:
+    def present(self, holes: bytes, n: int) -> np.ndarray | None:
         """The pattern of n rows as a mask ``(n, *shape)`` of the cells that are there."""
         if not self.may_miss:
             return None
-        bits = np.unpackbits(np.frombuffer(octets, np.uint8), count=n * self.space.dims).astype(bool)
+        bits = np.unpackbits(np.frombuffer(holes, np.uint8), count=n * self.space.dims).astype(bool)
         return self._unordered(bits, n)
+
+    def pack_holes(self, holes: bytes, n: int) -> bytes:
+        """The pattern in few bytes, by the patterns of rows or the shares of columns."""
+        if not holes:
+            return b""
+        mask = self.present(holes, n)
+        assert mask is not None
+        stack = Stack(_hole_lanes(n))
+        PatternCells((n, self.space.dims)).push(stack, mask.reshape(n, -1))
+        words = stack.to_words().astype("<u4").tobytes()
+        return _LENGTH.pack(len(words)) + words
+
+    def unpack_holes(self, packed: bytes, n: int) -> bytes:
+        """The pattern again."""
+        if len(packed) % 4:
+            raise Damaged(f"pattern of holes: expected whole words, got {len(packed)} bytes")
+        stack = Stack.from_words(np.frombuffer(packed, "<u4"), _hole_lanes(n))
+        mask = PatternCells((n, self.space.dims)).pop(stack)
+        stack.finish()
+        return np.packbits(self._ordered(mask.reshape(n, *self.space.shape))).tobytes()
 
     def from_bytes(self, values: bytes, holes: bytes, n: int) -> Tensor:
         """The batch again."""
         cells = self._unordered(np.frombuffer(values, self._type.newbyteorder("<")), n)
-        present = self.holes(holes, n)
+        present = self.present(holes, n)
         if self._rows is None:
             x = torch.from_numpy(cells.astype(np.float64))
             return x if present is None else x.masked_fill(torch.from_numpy(~present), torch.nan)
@@ -149,6 +170,10 @@ class _Layout:
         if isinstance(self.space, Table):
             return np.ascontiguousarray(cells.reshape(self.space.dims, n).T)
         return cells.reshape(n, *self.space.shape)
+
+
+def _hole_lanes(n: int) -> int:
+    return max(1, min(64, n // 1024))
 
 
 def _natural_type(space: Space) -> str:
@@ -176,16 +201,18 @@ class _Sections:
 
     def take(self, size: int, what: str) -> bytes:
         """The next section, which has ``size`` bytes when decompressed."""
-        if not size:
-            return b""
+        return fallback.decompress(self.raw(what), size) if size else b""
+
+    def raw(self, what: str) -> bytes:
+        """The next section as it is stored."""
         if len(self.rest) < _LENGTH.size:
             raise Damaged(f"{what}: expected a section, got the payload's end")
         (stored,) = _LENGTH.unpack_from(self.rest)
         if stored > len(self.rest) - _LENGTH.size:
             raise Damaged(f"{what}: expected at most {len(self.rest) - _LENGTH.size} bytes, got {stored}")
-        packed = bytes(self.rest[_LENGTH.size : _LENGTH.size + stored])
+        octets = bytes(self.rest[_LENGTH.size : _LENGTH.size + stored])
         self.rest = self.rest[_LENGTH.size + stored :]
-        return fallback.decompress(packed, size)
+        return octets
 
     def finish(self) -> None:
         """Nothing may follow."""
@@ -255,7 +282,7 @@ class _Job:
         values, holes = self._cells.to_bytes(part.x)
         given = () if self._condition is None else self._condition.to_bytes(part.condition)  # type: ignore[arg-type]
         content = [part.side, values, holes, *given]
-        sections = [_section(octets) for octets in (part.side, holes, *given)]
+        sections = [_section(part.side), self._cells.pack_holes(holes, n), *map(_section, given)]
         rows = encode_rows(self.codec, part.x, part.condition)
         # Generic compression at full strength is slow, so it is tried only where it comes near at its fastest.
         near = len(zlib.compress(values, 1)) < 1.5 * len(rows.data)
@@ -297,14 +324,15 @@ class _Job:
         if side_size < 0:
             raise Damaged(f"expected {raw_size - side_size} bytes or more for {n} rows, got {raw_size}")
         sections = _Sections(payload)
-        side, holes = sections.take(side_size, "side information"), sections.take(sizes[1], "pattern of holes")
+        side = sections.take(side_size, "side information")
+        holes = self._cells.unpack_holes(sections.raw("pattern of holes"), n) if sizes[1] else b""
         given = [sections.take(size, "condition") for size in given_sizes]
         condition = None if self._condition is None else self._condition.from_bytes(given[0], given[1], n)
         if kind == PLAIN:
             x = self._cells.from_bytes(sections.take(sizes[0], "cells"), holes, n)
             sections.finish()
         else:
-            present = self._cells.holes(holes, n)
+            present = self._cells.present(holes, n)
             x = decode_rows(self.codec, bytes(sections.rest), n, condition, present)
         content = [side, *self._cells.to_bytes(x), *given]
         if content_digest(*content) != digest:
@@ -433,7 +461,7 @@ class Archive:
         text = self._only(SCHEMA)
         try:
             schema = Schema.from_json(json.loads(text))
-            model = unpack(self._chunk(MODEL).payload)
+            model = unpack(self._chunk(MODEL).payload, models.build)
         except (ValueError, TypeError, KeyError) as fault:
             raise Damaged(f"expected a schema and a model ({fault})", "embedded model") from None
         return model, schema
