@@ -285,7 +285,6 @@ def floor_log2(numbers: Integers) -> Integers:
     >>> floor_log2(np.array([1, 2, 3, 2**62, 2**63 - 1]))
     array([ 0,  1,  1, 62, 62])
     """
-    bits = np.zeros_like(numbers)
-    for step in (32, 16, 8, 4, 2, 1):
-        bits += step * (numbers >> (bits + step) > 0)
+    bits = np.frexp(numbers.astype(np.float64))[1].astype(np.int64) - 1
+    bits -= numbers >> bits == 0  # where rounding to a float has reached the next power of two
     return bits

@@ -9,6 +9,7 @@ the place within it.  The excess over the law is below 0.1 % of its length, what
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -35,7 +36,7 @@ from likely.coding.cells import (
     share_steps,
 )
 from likely.coding.stack import Stack
-from likely.coding.tables import refuse_non_finite, weights
+from likely.coding.tables import refuse_non_finite
 from likely.exact.functions import exp, log, log1p, sqrt
 
 #: Counts from here on are coded by stretches.
@@ -160,7 +161,7 @@ class CountCells(Cells):
 
         lowest = np.full(len(r), float(_FEW))
         first = np.maximum(y(lowest), y(mean) - 9.0 / root)
-        last = np.maximum(y(np.maximum(highest, 4.0 * _FEW)), first + 1.0 / root)
+        last = y(np.maximum(highest, 4.0 * _FEW))
         factor = exp((last - first) * (1.0 / (_STRETCHES - 1)))
         e = exp(first)
         begin = np.empty((_STRETCHES + 1, len(r)), np.int64)
@@ -441,10 +442,10 @@ class MultinomialRows:
         self.shape = logits.shape
         if present is not None and not np.asarray(present).all():
             raise ValueError("present: expected every cell of a multinomial row, got absent ones")
-        self._logits = logits.reshape(len(logits), -1)
+        self._logits = logits.reshape(len(logits), math.prod(logits.shape[1:]))
         refuse_non_finite("logits", self._logits, lowest_may_be_infinite=True)
         self._total = NegativeBinomialCells(log_mean, log_dispersion)
-        self._rows = max(1, (1 << 20) // self._logits.shape[1])
+        self._rows = max(1, (1 << 18) // self._logits.shape[1])
 
     def push(self, stack: Stack, symbols: ArrayLike) -> None:
         """Code rows of counts."""
@@ -465,7 +466,7 @@ class MultinomialRows:
 
     def legal(self, symbols: ArrayLike) -> Mask:
         """Which cells can be coded: counts from 0, in rows whose total is at most 2^50."""
-        x = np.asarray(symbols).reshape(len(self._logits), -1)
+        x = np.asarray(symbols).reshape(self._logits.shape)
         good = (x >= 0) & (x <= _HIGHEST)
         good &= (np.where(good, x, 0).astype(np.float64).sum(1) <= _HIGHEST)[:, None]
         return good.reshape(self.shape)
@@ -483,9 +484,13 @@ class MultinomialRows:
         return x.reshape(self.shape)
 
     def _levels(self, rows: slice) -> list[Integers]:
-        """Weights of the cells, of pairs of cells, of pairs of pairs …, up to the whole row: whole numbers."""
-        logits = self._logits[rows]
-        levels = [weights(logits, logits.max(1, keepdims=True))]
+        """Weights of the cells, of pairs of cells, of pairs of pairs …, up to the whole row: whole numbers.
+
+        exp(l − max l) in units of 2^−40; a grid of logits would cost too much where totals are large.
+        """
+        logits = self._logits[rows].astype(np.float64)
+        logits -= logits.max(1, keepdims=True)
+        levels = [np.rint(exp(logits) * 2.0**40).astype(np.int64)]
         while levels[-1].shape[1] > 1:
             levels.append(_pair_sums(levels[-1]))
         return levels

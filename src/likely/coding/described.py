@@ -45,7 +45,7 @@ class DescribedCells:
     def push(self, stack: Stack, symbols: ArrayLike) -> None:
         """Code the symbols, then the counts of all but the last level."""
         array = flat(symbols, self.shape).astype(np.int64)
-        if len(array) and not (0 <= array.min() and array.max() < self.levels):
+        if len(array) and not (array.min() >= 0 and array.max() < self.levels):
             wrong = array[(array < 0) | (array >= self.levels)][0]
             raise ValueError(f"symbols: expected codes from 0 to {self.levels - 1}, got {wrong}")
         counts = np.bincount(array, minlength=self.levels)

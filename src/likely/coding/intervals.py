@@ -43,14 +43,15 @@ from likely.exact.functions import exp
 
 #: Largest digit of a number in bits.
 _DIGIT = 16
-_ENDS = 1e300
+#: Positions of the outer edges, and the farthest that the centre of a law may be.
+_ENDS, _FAR = 1e200, 1e150
 
 
 class Cumulative(Protocol):
     """The cumulative distributions of some cells."""
 
     def cdf(self, position: Floats) -> Floats:
-        """F at one position of each cell: 0 at or below −10^300, 1 at or above 10^300, monotone between them."""
+        """F at one position of each cell: 0 at or below −10^200, 1 at or above 10^200, monotone between them."""
         ...
 
     def __getitem__(self, some: Some) -> Cumulative:
@@ -424,22 +425,22 @@ class Mixture:
 
         Normals are taken for logistics of the same deviation.
         """
-        centre = np.concatenate([family.centre for family in self.families]).astype(np.float32)
-        narrow = [family.rate / family.law.steps * family.law.narrowness for family in self.families]
-        slope = np.concatenate(narrow).astype(np.float32)
-        portion = np.concatenate([family.portion for family in self.families]).astype(np.float32)  # type: ignore[misc]
-        all_portions = np.maximum(portion.sum(0), np.float32(1e-9))
-        portion /= all_portions
-        p = probability
-        if self.atoms is not None and self.spikes is not None:
-            p = (p - self.spikes[np.searchsorted(self.atoms, beyond), self.column]) / all_portions
-        p = np.clip(p, 1e-12, 1.0 - 1e-12)
-        target = np.log(p / (1.0 - p)).astype(np.float32)
-        quantiles = centre + target / slope
-        low, high = quantiles.min(0), quantiles.max(0)
-        x = (portion * quantiles).sum(0)
-        tiny, one = np.float32(1e-30), np.float32(1.0)
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        with np.errstate(all="ignore"):
+            centre = np.concatenate([family.centre for family in self.families]).astype(np.float32)
+            narrow = [family.rate / family.law.steps * family.law.narrowness for family in self.families]
+            slope = np.concatenate(narrow).astype(np.float32)
+            portion = np.concatenate([family.portion for family in self.families]).astype(np.float32)  # type: ignore[misc]
+            all_portions = np.maximum(portion.sum(0), np.float32(1e-9))
+            portion /= all_portions
+            p = probability
+            if self.atoms is not None and self.spikes is not None:
+                p = (p - self.spikes[np.searchsorted(self.atoms, beyond), self.column]) / all_portions
+            p = np.clip(p, 1e-12, 1.0 - 1e-12)
+            target = np.log(p / (1.0 - p)).astype(np.float32)
+            quantiles = centre + target / slope
+            low, high = quantiles.min(0), quantiles.max(0)
+            x = (portion * quantiles).sum(0)
+            tiny, one = np.float32(1e-30), np.float32(1.0)
             for _ in range(5):
                 below = one / (one + np.exp((centre - x) * slope))
                 mass = portion * below
@@ -454,7 +455,7 @@ class Mixture:
                 np.copyto(low, x, where=~over)
                 x = x - step * total * above / density
                 x = np.where((x > low) & (x < high), x, (low + high) * np.float32(0.5))
-        return x.astype(np.float64)
+            return np.nan_to_num(x.astype(np.float64))
 
 
 class LogisticCells(IntervalCells):
@@ -484,6 +485,7 @@ class LogisticCells(IntervalCells):
     def _law(self, some: Some) -> Cumulative:
         means = self._means[some].T.astype(np.float64, order="C")
         rates = inverse_scale(np.ascontiguousarray(self._log_scales[some].T))
+        np.clip(means, -_FAR, _FAR, out=means)
         means += 1.0
         means *= self._half
         rates *= logistic().steps / self._half
@@ -530,6 +532,7 @@ class NormalCells(IntervalCells):
 
     def _law(self, some: Some) -> Cumulative:
         centre = self._mean[some].astype(np.float64)
+        np.clip(centre, -_FAR, _FAR, out=centre)
         centre /= self.spacing
         rate = inverse_scale(self._log_scale[some])
         rate *= self.spacing * normal().steps
@@ -582,7 +585,7 @@ class GridCells(IntervalCells):
         spikes = np.rint(np.asarray(atoms, np.float64) / resolution)
         used = np.flatnonzero((logits[:, components:] > -np.inf).any(0)) if len(logits) else np.zeros(0, np.int64)
         order = used[np.argsort(spikes[used], kind="stable")]
-        self._centre, self._unit = location / resolution, scale / resolution
+        self._centre, self._unit = _in_cells(location, scale, resolution)
         low, cells = grid_range(self._centre, self._unit, spikes[order])
         super().__init__(means.shape[:1], low, cells, True, present)
         refuse_non_finite("logits", logits, lowest_may_be_infinite=True)
@@ -606,6 +609,17 @@ class GridCells(IntervalCells):
         return Mixture([family], self._atoms, spikes)
 
 
+def _in_cells(location: float, scale: float, resolution: float) -> tuple[float, float]:
+    """Location and scale of a column in cells of its grid."""
+    for name, value, fits in (
+        ("location", location, abs(location) <= 2.0**52 * resolution),
+        ("scale", scale, 2.0**-60 * resolution <= scale <= 2.0**60 * resolution),
+    ):
+        if not fits:
+            raise ValueError(f"{name}: expected a number that suits the resolution {resolution}, got {value}")
+    return location / resolution, scale / resolution
+
+
 #: A logistic narrower than exp(−2.5) half cells is as good as an atom.
 _MOST_RATE = 2.0 * float(exp(np.array(-LEAST_LOG_SCALE)))
 
@@ -615,8 +629,9 @@ def standard_logistics(
 ) -> Family:
     """Logistics of a column, shape ``(n, K)`` in standard units, where symbol = centre + unit · standard value."""
     centres = means.T.astype(np.float64, order="C")
+    np.clip(centres, -_FAR, _FAR, out=centres)
     centres *= unit
-    centres += centre
+    centres += min(max(centre, -_FAR), _FAR)
     rates = inverse_scale(np.ascontiguousarray(log_scales.T))
     rates /= unit
     np.minimum(rates, _MOST_RATE, out=rates)
@@ -632,7 +647,6 @@ def grid_range(centre: float, unit: float, atoms: Floats) -> tuple[int, int]:
     """
     fits = ((1 << _DIGIT) - 4) / (2.0 * unit)
     reach = min(_REACH * unit, 2.0**46) if not _LEAST_REACH <= fits < _REACH else fits * unit
-    centre = min(max(centre, -(2.0**50)), 2.0**50)
     low, high = np.floor(centre - reach), np.ceil(centre + reach)
     if len(atoms):
         low, high = min(low, atoms[0] - 1.0), max(high, atoms[-1] + 1.0)
