@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from likely.coding.categories import BernoulliCells, CategoricalCells
+from likely.coding.categories import BernoulliCells, CategoricalCells, TabulatedCells
 from likely.coding.cells import CellCodec, Cells, Integers, Mask
 from likely.coding.continuum import DoubleCells
 from likely.coding.counts import MultinomialRows, NegativeBinomialCells
@@ -57,7 +57,7 @@ def codec_of(
     if isinstance(distribution, Bernoulli):
         return BernoulliCells(_array(distribution.logits), present)
     if isinstance(distribution, Categorical):
-        return CategoricalCells(_array(distribution.logits), present)
+        return _categories(_array(distribution.logits), present)
     if isinstance(distribution, DiscretizedLogisticMixture):
         logits, means, scales = _broadcast(distribution.logits, distribution.means, distribution.log_scales)
         return LogisticCells(logits, means, scales, distribution.levels, present)
@@ -86,6 +86,20 @@ def _broadcast(*tensors: Tensor) -> list[NDArray[Any]]:
     return list(np.broadcast_arrays(*(_array(tensor) for tensor in tensors)))
 
 
+def _categories(logits: NDArray[Any], present: ArrayLike | None) -> CellCodec:
+    """Softmax cells; where all rows are one row in memory, its frequencies are computed once (they are the same)."""
+    if logits.ndim < 2 or len(logits) < 2 or logits.strides[0] or logits[0].size > _SHARED:
+        return CategoricalCells(logits, present)
+    one = CategoricalCells(logits[0])
+    edges = one._edges(slice(0, one.count)).T
+    which = np.arange(one.count).reshape(one.shape)
+    return TabulatedCells(edges, np.broadcast_to(which, logits.shape[:-1]), present=present)
+
+
+#: The most frequencies that a table shared by all rows may have.
+_SHARED = 1 << 22
+
+
 class RowCells:
     """Rows of a table, column after column: symbols ``(n, columns)`` are codes, grid indices or ranks of floats.
 
@@ -104,12 +118,12 @@ class RowCells:
         mask = np.ones(self.shape, bool) if present is None else np.asarray(present)
         if mask.shape != self.shape or mask.dtype != np.bool_:
             raise ValueError(f"present: expected a bool mask of shape {self.shape}, got {mask.dtype} {mask.shape}")
-        self.columns: list[Cells] = []
+        self.columns: list[CellCodec] = []
         spare = iter(spare_bits or ())
         for j in range(self.shape[1]):
             try:
                 if j in rows.coded:
-                    column: Cells = CategoricalCells(_array(rows.coded[j].logits)[:, 0], mask[:, j])
+                    column: CellCodec = _categories(_array(rows.coded[j].logits)[:, 0], mask[:, j])
                 else:
                     assert mixture is not None
                     column = _numeric_column(mixture, rows.numeric.index(j), mask[:, j], spare)
