@@ -129,7 +129,7 @@ class Activation(Rule):
 
     def replace_(self, x: Tensor) -> Tensor:
         """Replace numbers by the values; with a table, replace places in it, x · 256 + ``zero``."""
-        return self._look_up_(x) if self.by_table else self._compute_(x)
+        return self._look_up_(x) if self.by_table else x.copy_(self.curve.function(x))
 
     def _look_up_(self, place: Tensor) -> Tensor:
         right, left = self.curve.right[0], self.curve.left[0]
@@ -141,17 +141,10 @@ class Activation(Rule):
             dense.clamp_(0.0, self._end).to(torch.int32).to(torch.int64).view(-1)
         )  # quicker in two steps than in one
         torch.index_select(self.table, 0, index, out=dense.view(-1))
-        return self._beyond_(x, place) if beyond else place
-
-    def _compute_(self, x: Tensor) -> Tensor:
-        return self._beyond_(x.clone(), x.copy_(self.curve.function(x)))
-
-    def _beyond_(self, x: Tensor, y: Tensor) -> Tensor:
-        """Put the asymptotes into y where |x| is out of reach."""
-        reach = self.curve.reach
-        for out, (slope, constant) in ((x > reach, self.curve.right), (x < -reach, self.curve.left)):
-            y.copy_(torch.where(out, x * slope if slope else constant, y))
-        return y
+        for out, slope in ((x > self.curve.reach, right), (x < -self.curve.reach, left)):
+            if beyond and slope:  # the other asymptotes are the ends of the table
+                place.copy_(torch.where(out, x * slope, place))
+        return place
 
     def probe_input(self) -> Tensor:
         """Where the probe looks: beyond both ends, and between."""

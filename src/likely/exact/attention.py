@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -12,11 +13,16 @@ from likely.exact.layers import affine, whole_activations
 from likely.exact.products import BatchedProduct
 from likely.exact.profiles import LARGEST, Profile, Rule, Uncovered
 
-#: e⁻ᵗ for t on a grid of 2⁻¹⁶ below 32, as a product of two entries: of t in steps of 2⁻⁸, and of the rest.
-_COARSE = functions.exp(torch.arange(32 * 256 + 1, dtype=torch.float64) * -(2.0**-8)).float()
-_FINE = functions.exp(torch.arange(256, dtype=torch.float64) * -(2.0**-16)).float()
 #: Whole numbers into which the weights of one row of attention are shared out, by profile.
 _SHARES = {torch.float32: 2.0**15, torch.float64: 2.0**31}
+
+
+@functools.cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """e⁻ᵗ for t on a grid of 2⁻¹⁶ up to 32, as a product of two entries: of t in steps of 2⁻⁸, and of the rest."""
+    coarse = torch.arange(32 * 256 + 1, dtype=torch.float64, device=device) * -(2.0**-8)
+    fine = torch.arange(256, dtype=torch.float64, device=device) * -(2.0**-16)
+    return functions.exp(coarse).float(), functions.exp(fine).float()
 
 
 def exponentials(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +40,7 @@ def exponentials(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor, Tensor]:
         values = torch.where(below >= 32.0, 0.0, values)
     else:
         steps = below.mul_(65536.0).round_().to(torch.int64)
-        coarse, fine = _COARSE.to(x.device), _FINE.to(x.device)
+        coarse, fine = _tables(x.device)
         values = (coarse[steps >> 8] * fine[steps & 255]).mul_(2.0**20).round_()
     return values, values.sum(dim, True, dtype=torch.float64), largest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from likely.exact.profiles import Uncovered
 
 _NAMES = """
     abs add amax amin ceil clamp clamp_min clamp_max floor hardtanh leaky_relu maximum minimum mul neg prelu
-    _prelu_kernel relu round sign sub threshold trunc
+    _prelu_kernel relu round rsub sign sub threshold trunc
     eq ge gt isfinite isinf isnan le lt ne logical_and logical_not logical_or logical_xor bitwise_and bitwise_not
     bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__
-    all any argmax argmin max max_pool2d_with_indices min sort
+    all any equal argmax argmin max max_pool2d_with_indices min sort
     _local_scalar_dense _reshape_alias _to_copy _unsafe_view alias
     arange as_strided cat channel_shuffle clone constant_pad_nd copy detach embedding empty empty_like empty_strided
     expand eye fill flip full full_like gather im2col index index_put index_select is_same_size lift_fresh
@@ -71,7 +72,8 @@ def _reason(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> str | No
     if name in PRODUCTS:
         return None if inside_product() else "a sum of products outside a certified one"
     if name == "div":
-        return None if isinstance(args[1], Tensor) else "divides by a Python number"
+        exact = isinstance(args[1], Tensor) or math.frexp(abs(args[1]))[0] == 0.5  # a power of two
+        return None if exact else "divides by a Python number"
     if name == "sum":
         return _reason_of_sum(args[0], named.get("dtype"))
     return None if name in KERNELS else "not the same on every machine"

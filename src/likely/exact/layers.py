@@ -83,9 +83,9 @@ class Affine(Certified):
 
     axes = (1,)
 
-    def __init__(self, layer: nn.Linear, profile: Profile) -> None:
-        weight, scale = whole_weights(layer.weight, profile, (1,))
-        super().__init__(Product(weight, "linear", profile), scale.flatten(), layer.bias, profile)
+    def __init__(self, weight: Tensor, bias: Tensor | None, profile: Profile) -> None:
+        whole, scale = whole_weights(weight, profile, (1,))
+        super().__init__(Product(whole, "linear", profile), scale.flatten(), bias, profile)
 
     def follows(self, other: Certified) -> bool:
         return isinstance(other, Affine)
@@ -161,11 +161,7 @@ def _joined(found: list[Tensor], otherwise: Tensor) -> Tensor:
 
 def affine(weight: Tensor, bias: Tensor | None, profile: Profile) -> Chain:
     """The rule of x Wᵀ + b."""
-    linear = nn.Linear(1, 1, bias=bias is not None)
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return Chain([Affine(linear, profile)], [None, None])
+    return Chain([Affine(weight, bias, profile)], [None, None])
 
 
 Convolutional = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from likely.exact.activations import Activation
 from likely.exact.layers import Certified, Chain
 from likely.exact.products import ROUTES, BatchedProduct, Product, Route, full_precision_products
 from likely.exact.profiles import PROFILES, Uncovered
-from likely.exact.rules import FUNCTIONS, RULES, Setting, allowed, is_identity
+from likely.exact.rules import FORWARDS, FUNCTIONS, RULES, Setting, allowed, is_identity, plain_name
 
 
 class Network:
@@ -111,7 +112,7 @@ class Watch(TorchFunctionMode):
                 return rule(self.setting, *args, **named)
         reason = allowed(function, args, named)
         if reason is not None:
-            raise Uncovered(f"torch function {getattr(function, '__qualname__', function)}: {reason}")
+            raise Uncovered(f"{resolve_name(function) or plain_name(function)}: {reason}")
         return function(*args, **named)
 
 
@@ -170,8 +171,9 @@ def _converted(module: nn.Module, setting: Setting, path: str, done: dict[int, n
             setattr(module, name, _converted(child, setting, f"{path}.{name}", done))
         if type(module).forward is nn.Sequential.forward:
             converted = Joined(module)
-        if hasattr(module, "exact_forward"):
-            module.forward = module.exact_forward  # type: ignore[method-assign, assignment]
+        forward = getattr(type(module), "exact_forward", None) or FORWARDS.get(type(module))
+        if forward is not None:
+            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
     done[id(module)] = converted
     return converted
 

@@ -206,47 +206,70 @@ class Product(_Routed):
     # The probe ------------------------------------------------------------------------------------------------
 
     def probe_input(self) -> Tensor:
-        """Fixed whole numbers: at random, and such that sums come within 2 ``limit`` of the largest, odd ones too."""
-        weight = torch.cat([part.detach().cpu() for part in self.parts], 0 if self.kind == "transposed" else 1).long()
-        worst = int(self._row_sums(weight).argmax())
+        """Fixed whole numbers: at random, and such that one output's sum is the largest there is, and an odd one."""
+        weight = self._weight(torch.int64)
         if self.kind == "linear":
-            shape: tuple[int, ...] = (4, self.inputs)
-        else:
-            span = [d * (k - 1) + 1 for k, d in zip(self.geometry.kernel, self.geometry.dilation)]
-            shape = (1, self.inputs, span[0] + 5, span[1] + 5)
-        x = pseudo_random(shape, self.limit)
-        if self.kind == "linear":
-            x[0] = _signs(weight[worst]) * self.limit
-            x[1] = x[0] - _signs(weight[worst]) * (torch.arange(self.inputs) == int(weight[worst].abs().argmax()))
-        elif self.kind == "conv":
-            g = self.geometry
-            per_group = weight.shape[0] // g.groups
-            first = (worst // per_group) * weight.shape[1]
-            block = _signs(weight[worst]) * self.limit
-            rows = torch.arange(g.kernel[0]) * g.dilation[0]
-            columns = torch.arange(g.kernel[1]) * g.dilation[1]
-            channels = torch.arange(first, first + weight.shape[1])
-            # where the kernel lies wholly inside, and an output is computed: a multiple of the stride less the padding
-            top, left = (-p % s for p, s in zip(g.padding, g.stride))
-            if top + rows[-1] < shape[2] and left + columns[-1] < shape[3]:
-                x[0][channels[:, None, None], (top + rows)[:, None], left + columns] = block
-        else:
-            x[0] = torch.where(x[0] < 0, -self.limit, self.limit)
+            x = pseudo_random((4, self.inputs), self.limit)
+            worst = weight[self._row_sums(weight).argmax()]
+            x[0] = self._largest_odd(worst)
+            return x
+        g = self.geometry
+        span = [d * (k - 1) + 6 for k, d in zip(g.kernel, g.dilation)]
+        x = pseudo_random((1, self.inputs, *span), self.limit)
+        worst, channels = self._worst_kernel(weight)
+        if self.kind == "conv":  # where the kernel lies wholly inside, at a place that is computed
+            rows, columns = (
+                (-p % s) + d * torch.arange(k) for k, s, p, d in zip(g.kernel, g.stride, g.padding, g.dilation)
+            )
+        else:  # an output sees the taps of its phase, the first at the largest distance
+            phases = [(i, j) for i in range(g.stride[0]) for j in range(g.stride[1])]
+            i, j = max(phases, key=lambda ij: int(worst[:, ij[0] :: g.stride[0], ij[1] :: g.stride[1]].abs().sum()))
+            worst = worst[:, i :: g.stride[0], j :: g.stride[1]]
+            rows, columns = (span[a] - 2 - torch.arange(worst.shape[1 + a]) for a in (0, 1))
+        if min(*rows, *columns) >= 0 and max(rows) < span[0] and max(columns) < span[1]:
+            x[0][channels[:, None, None], rows[:, None], columns] = self._largest_odd(worst)
         return x
+
+    def _largest_odd(self, weight: Tensor) -> Tensor:
+        """The inputs whose product with a row is the largest, or if that is even the next smaller odd one."""
+        weight = weight.contiguous()
+        size = weight.abs()
+        x = torch.where(weight < 0, -self.limit, self.limit)
+        odd = int((size * (size % 2)).argmax())
+        if int(size.sum()) * self.limit % 2 == 0 and size.view(-1)[odd] % 2:
+            x.view(-1)[odd] -= x.view(-1)[odd].sign()
+        return x
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([part.detach().cpu().to(dtype) for part in self.parts], 0 if self.kind == "transposed" else 1)
+
+    def _worst_kernel(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The kernel with the largest sum, ``(channels, height, width)``, and its input channels."""
+        number = int(self._row_sums(weight).argmax())
+        groups = self.geometry.groups
+        channels = torch.arange(self.inputs).chunk(groups)
+        if self.kind == "conv":
+            return weight[number], channels[number // (weight.shape[0] // groups)]
+        group, output = divmod(number, weight.shape[1])
+        return weight[channels[group], output], channels[group]
 
     def passes(self, route: Route, device: torch.device) -> bool:
         x = self.probe_input()
-        sums = self.by(route, x.to(device, self.profile.dtype)).cpu()
-        return torch.equal(sums, self.reference(x).to(self.profile.dtype))
+        right = self.reference(x).to(self.profile.dtype)
+        batches = [
+            x,
+            x.repeat(64 if self.kind == "linear" else 16, *[1] * (x.dim() - 1)),
+        ]  # for small and large batches
+        sums = [self.by(route, batch.to(device, self.profile.dtype)).cpu() for batch in batches]
+        return all(torch.equal(s, right.repeat(len(s) // len(right), *[1] * (s.dim() - 1))) for s in sums)
 
     def reference(self, x: Tensor) -> Tensor:
         """The sums by another way, on the processor: in float64, or for the profile of float64 in int64."""
-        kind = torch.float64 if self.profile.dtype == torch.float32 else torch.int64
-        weights = [part.detach().cpu().to(kind) for part in self.parts]
-        weight = torch.cat(weights, 0 if self.kind == "transposed" else 1)
+        dtype = torch.float64 if self.profile.dtype == torch.float32 else torch.int64
+        weight = self._weight(dtype)
         if self.kind == "linear":
-            return x.to(kind) @ weight.t()
-        return _shifted(x.to(kind), weight, self.kind, self.geometry)
+            return x.to(dtype) @ weight.t()
+        return _shifted(x.to(dtype), weight, self.kind, self.geometry)
 
 
 class BatchedProduct(_Routed):
@@ -293,10 +316,6 @@ def pseudo_random(shape: Sequence[int], limit: int) -> Tensor:
         z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * (factor - mask - 1)
     z = (z ^ ((z >> 31) & ((1 << 33) - 1))) & ((1 << 62) - 1)
     return (z % (2 * limit + 1) - limit).reshape(tuple(shape))
-
-
-def _signs(x: Tensor) -> Tensor:
-    return torch.where(x < 0, -1, 1)
 
 
 def _cut(weight: Tensor, cuts: list[int], kind: Kind) -> Sequence[Tensor]:

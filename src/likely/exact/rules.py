@@ -146,6 +146,32 @@ RULES: dict[type[nn.Module], Callable[[Any, Setting], nn.Module]] = {
     ),
 }
 
+
+def _encoder_layer(
+    self: Any,
+    src: Tensor,
+    src_mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """What ``nn.TransformerEncoderLayer`` computes, without its fast path, which looks into its layers."""
+
+    def attended(x: Tensor) -> Tensor:
+        return self.self_attn(x, x, x, src_key_padding_mask, need_weights=False, attn_mask=src_mask)[0]
+
+    def fed(x: Tensor) -> Tensor:
+        return self.linear2(self.activation(self.linear1(x)))
+
+    if self.norm_first:
+        x = src + attended(self.norm1(src))
+        return x + fed(self.norm2(x))
+    x = self.norm1(src + attended(src))
+    return self.norm2(x + fed(x))
+
+
+#: The ``forward`` of composites of PyTorch whose own does more than call their layers.
+FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {nn.TransformerEncoderLayer: _encoder_layer}
+
 # Functions ----------------------------------------------------------------------------------------------------------
 
 
