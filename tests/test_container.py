@@ -27,7 +27,7 @@ from golden import make
 from likely.coding import errors
 from likely.coding.container import Limits, Reader, Writer, canonical_json, content_digest, describe
 from likely.coding.errors import Damaged, FormatError, NewerVersion, NotLk, TooLarge, Truncated
-from likely.coding.fallback import compress, decompress
+from likely.coding.fallback import WORDS, compress, decompress
 from likely.coding.fingerprint import fingerprint
 
 read_lk = reader_of_the_page()
@@ -403,6 +403,7 @@ CONTENTS = {
     "nothing": b"",
     "one": b"1",
     "numbers": b"".join(i.to_bytes(4, "little") for i in range(5000)),
+    "facts": b'{"media":"csv","n":150,"size":4000,"columns":[{"is":0},{"is":1}]}',
 }
 
 
@@ -418,6 +419,7 @@ def test_generic_compression_is_the_smallest_and_exact(name: str) -> None:
         1: lambda body: zlib.decompress(body, -15),
         2: lambda body: lzma.decompress(body, lzma.FORMAT_RAW, filters=lzma2),
         3: bz2.decompress,
+        4: lambda body: zlib.decompressobj(-15, WORDS).decompress(body),
     }
     assert known[packed[0]](packed[1:]) == data
     rivals = [len(data), len(zlib.compress(data, 9)), len(bz2.compress(data)), len(lzma.compress(data, preset=9))]
@@ -430,10 +432,15 @@ def test_generic_compression_is_the_smallest_and_exact(name: str) -> None:
             decompress(wrong, len(data))
 
 
-def test_the_four_methods_are_all_tested() -> None:
-    assert [compress(data)[0] for data in make.contents().values()] == [0, 1, 2, 3]
-    with pytest.raises(NewerVersion, match="method from 0 to 3, got 4"):
-        decompress(b"\x04abc", 3)
+def test_the_five_methods_are_all_tested() -> None:
+    assert [compress(data)[0] for data in [*make.contents().values(), CONTENTS["facts"]]] == [0, 1, 2, 3, 4]
+    with pytest.raises(NewerVersion, match="method from 0 to 4, got 5"):
+        decompress(b"\x05abc", 3)
+
+
+def test_the_dictionary_is_the_one_of_the_page() -> None:
+    page = Path(__file__).parent.parent / "docs" / "format.md"
+    assert content_digest(WORDS).hex() in page.read_text(encoding="utf-8")
 
 
 def test_a_bomb_does_not_go_off() -> None:
