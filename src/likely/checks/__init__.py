@@ -3,7 +3,8 @@
 ``check_model(MyModel)`` builds the smallest instance of the model on a tiny space of every kind it declares, trains
 it for a moment on strongly *dependent* data of known density, and holds it against the contract: exponentials of the
 bound sum to one over the whole space (at most one for a lower bound), samples have the model's own frequencies,
-nothing beats the entropy of the source, an example's value is its own, a saved model is the same model.
+nothing beats the entropy of the source, an example's value is its own, a saved model is the same model,
+a codec gives every bit back at the length that the bound promises.
 
 Every statistical test has a fixed seed, and a threshold that a correct model crosses with probability below 10⁻⁵.
 """
@@ -16,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from likely.checks import behaviour, probability
+from likely.checks import behaviour, codec, probability
 from likely.checks.cases import Case, cases_of
 from likely.checks.outcome import CheckFailed, CheckResult, Skipped, Status
 from likely.checks.source import Source
@@ -46,6 +47,10 @@ _CHECKS: dict[str, Callable[[Case], str]] = {
         behaviour.resume,
         behaviour.encoding,
         behaviour.column_nats,
+        codec.codec_round_trip,
+        codec.codec_length,
+        codec.codec_absent_cells,
+        codec.codec_frequencies,
     )
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -165,22 +165,44 @@ def sample_frequencies(case: Case) -> str:
     Against exp(bound) where it is exact, against importance weights where the model has them; against a mere lower
     bound a state may come more often than it says, but not less often.
     """
+    return hold_frequencies(case, case.summed, lambda stage, i: stage.samples[i])
+
+
+def hold_frequencies(case: Case, stages: Sequence[Stage], draws: Callable[[Stage, int], Tensor]) -> str:
+    """Hold draws of each stage under each of the conditions against what the model says; what was found."""
     found: list[str | None] = []
     edges = _bin_edges(case)
-    for stage in case.summed:
+    for stage in stages:
         weighed = stage.precise.can("log_weights")
         for i, reference in enumerate(stage.weights if weighed else stage.bounds):
             if reference.kind == "estimate":
                 raise Skipped("an estimate says nothing of frequencies")
             if reference.kind == "exact" and not tells(stage.points, reference):
                 continue
-            bins, drawn = _bin_numbers(_bin(stage.points.x, edges), _bin(stage.samples[i], edges))
+            bins, drawn = _bin_numbers(_bin(stage.points.x, edges), _bin(draws(stage, i), edges))
             n = int(torch.cat([bins, drawn]).max()) + 1
             frequency = torch.bincount(drawn, minlength=n).double() / len(drawn)
             mass, variance = _bin_masses(stage.points, reference, bins, n)
             exact = reference.kind == "exact"
             found.append(_compare(stage.label(i), frequency, mass, variance, len(drawn), exact))
     return _joined(found)
+
+
+def hold_alike(case: Case, stage: Stage, draws: Callable[[int], Tensor]) -> str:
+    """Hold draws under each of the conditions against as many samples of the stage: the two-sample χ² over the bins."""
+    found, edges = [], _bin_edges(case)
+    for i, samples in enumerate(stage.samples):
+        numbers = _bin_numbers(_bin(samples, edges), _bin(draws(i), edges))
+        bins = int(torch.cat(numbers).max()) + 1
+        a, b = (torch.bincount(of, minlength=bins).double() for of in numbers)
+        rare = a + b < 20
+        a, b = (torch.cat([counts[~rare], counts[rare].sum().reshape(1)]) for counts in (a, b))
+        statistic, freedom = float(((a - b).square() / (a + b).clamp(min=1)).sum()), len(a)
+        p_value = float(torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2.0)))
+        shown = f"{stage.label(i)}χ² = {statistic:.1f} over {freedom} bins, p = {p_value:.1e}"
+        require(p_value > 1e-6, f"draws do not come as often as samples do: {shown}")
+        found.append(shown)
+    return "; ".join(found)
 
 
 def _bin_masses(points: Points, estimate: Estimate, bins: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -417,7 +417,7 @@ def _float_runs(parts: Sequence[Part], spare_bits: int) -> Integers:
     octaves = np.ldexp(1.0, np.unique(np.concatenate([fine, np.arange(-1022, 1024, 64)])))
     largest = np.finfo(np.float64).max
     values = np.clip(np.concatenate([values, octaves, -octaves]), -largest, largest)
-    end = int(ordered(largest)) >> spare_bits
+    end = int(ordered([largest])[0]) >> spare_bits
     points = np.concatenate([ordered(values) >> np.int64(spare_bits), [-1, 0, 1, -end - 1, end + 1]])
     return np.unique(points)
 

@@ -903,7 +903,7 @@ class _Features(nn.Module):
             raise ValueError("condition: expected one row an example (the model was built with a condition), got None")
         if len(condition) != n:
             raise ValueError(f"condition: expected {n} rows, got {len(condition)}")
-        flat = condition.reshape(n, -1).to(self.shift)
+        flat = condition.flatten(1).to(self.shift)
         pieces = [one]
         for place, (j, levels, missing) in enumerate(self.cells):
             absent = torch.isnan(flat[:, j])
