@@ -64,7 +64,9 @@ def take_apart(schema: Schema, source: Any, *, format: str | None = None, **opti
         return (TextOriginal if form.container == "text" else LinesOriginal)(form, found, options)
 
 
-def restore(schema: Schema, head: bytes, parts: Iterable[Part], *, first: int = 0) -> Restored:
+def restore(
+    schema: Schema, head: bytes, parts: Iterable[Part], *, first: int = 0, keep: tuple[int, int] | None = None
+) -> Restored:
     """Put a source together again.
 
     Args:
@@ -74,6 +76,7 @@ def restore(schema: Schema, head: bytes, parts: Iterable[Part], *, first: int = 
             next to the same step.
         first: number of the first row of the first part; what stands before the first row (a header) is always put
             in front, what follows the last row only behind it.
+        keep: numbers of the rows to give, from … to before …; None for all rows of the parts.
 
     Raises:
         DataError: where head or side are damaged; from ``value`` and ``write`` too, which do the work.
@@ -83,14 +86,16 @@ def restore(schema: Schema, head: bytes, parts: Iterable[Part], *, first: int = 
         form, media = schema.form, facts["media"]
         if isinstance(form, TableForm):
             if media == "csv":
-                return restore_csv(form, facts, parts, first)
+                return restore_csv(form, facts, parts, first, keep)
             if media in ("parquet", "dataframe"):
-                return RestoredFrame(form, facts, parts, first)
+                return RestoredFrame(form, facts, parts, first, keep)
         elif isinstance(form, ArrayForm):
+            if keep is not None:
+                raise DataError("rows: arrays and folders of images come back as a whole; decompress all of it")
             if media == "images":
                 return RestoredFolder(form, facts, parts)
             if media in ("npy", "idx", "npz", "arrays", "array", "list", "tensor", "sparse", "embedded"):
                 return restore_array(form, facts, parts)
         elif media in ("text", "lines", "fasta", "strings"):
-            return restore_sequences(form, facts, parts, first)
+            return restore_sequences(form, facts, parts, first, keep)
         raise DataError(f"head is damaged: {media!r} is not of a schema of the form {form.form!r}")

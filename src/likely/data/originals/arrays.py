@@ -165,6 +165,8 @@ class ArrayOriginal(Original):
         facts: dict[str, Any] = {}
         self._extras: dict[str, np.ndarray] = {}
         loaded = form.load(source, **options)
+        if loaded.array.dtype.kind == "f" and loaded.array.dtype.itemsize > 8:  # some of its bytes mean nothing
+            raise DataError(f"{source.name}: expected floats of at most 8 bytes, got {loaded.array.dtype}")
         self._array: Any = loaded.array
         self._labels = dict(loaded.labels) if source.kind != "idx" else {}
         dtype, exactness, packed = loaded.array.dtype, "content", None

@@ -222,7 +222,13 @@ def _texts_at(out: Writer, tag: int, places: np.ndarray, n: int, texts: Sequence
     out.texts(texts)
 
 
-def restore_csv(form: TableForm, facts: Mapping[str, Any], parts: Iterable[Part], first: int = 0) -> RestoredFile:
+def restore_csv(
+    form: TableForm,
+    facts: Mapping[str, Any],
+    parts: Iterable[Part],
+    first: int = 0,
+    keep: tuple[int, int] | None = None,
+) -> RestoredFile:
     """Put a CSV file together again.
 
     Args:
@@ -230,9 +236,10 @@ def restore_csv(form: TableForm, facts: Mapping[str, Any], parts: Iterable[Part]
         facts: of the whole file.
         parts: consecutive rows.
         first: number of the first row of the first part.
+        keep: numbers of the rows to give, from … to before …; None for all.
     """
     with intact("head"):
-        return RestoredFile("csv", _pieces(_Recipe.of(form, facts), parts, first))
+        return RestoredFile("csv", _pieces(_Recipe.of(form, facts), parts, first, keep))
 
 
 @dataclass(frozen=True)
@@ -273,10 +280,10 @@ class _Recipe:
         return cls(form, n, size, mark, rest, dialect, bool(facts["open"]), start, end, wanted, spellers)
 
 
-def _pieces(recipe: _Recipe, parts: Iterable[Part], first: int) -> Iterator[bytes]:
+def _pieces(recipe: _Recipe, parts: Iterable[Part], first: int, keep: tuple[int, int] | None = None) -> Iterator[bytes]:
     """The bytes of the file, no more than it had."""
     left = recipe.size
-    encoded = (encode(text, recipe.dialect.encoding) for text in _texts(recipe, parts, first))
+    encoded = (encode(text, recipe.dialect.encoding) for text in _texts(recipe, parts, first, keep))
     for piece in itertools.chain([recipe.mark], encoded, [recipe.rest]):
         left -= len(piece)
         if left < 0:
@@ -284,7 +291,7 @@ def _pieces(recipe: _Recipe, parts: Iterable[Part], first: int) -> Iterator[byte
         yield piece
 
 
-def _texts(recipe: _Recipe, parts: Iterable[Part], row: int) -> Iterator[str]:
+def _texts(recipe: _Recipe, parts: Iterable[Part], row: int, keep: tuple[int, int] | None = None) -> Iterator[str]:
     """The text of the header, of each part, and of what follows the last row."""
     wide, given = len(recipe.form.modelled), len(recipe.form.given)
     yield recipe.start
@@ -296,14 +303,15 @@ def _texts(recipe: _Recipe, parts: Iterable[Part], row: int) -> Iterator[str]:
         if row > recipe.n:
             raise damaged(f"more than the {recipe.n} rows of the original")
         with intact("side information"):
-            text = _join(recipe, values, side, recipe.open and row == recipe.n)
-        yield text
+            lines = _join(recipe, values, side, recipe.open and row == recipe.n)
+        start = row - len(values)
+        yield "".join(lines if keep is None else lines[max(keep[0] - start, 0) : max(keep[1] - start, 0)])
     if row == recipe.n:
         yield recipe.end
 
 
-def _join(recipe: _Recipe, values: np.ndarray, side: bytes, last: bool) -> str:
-    """The text of some rows, ends of lines included."""
+def _join(recipe: _Recipe, values: np.ndarray, side: bytes, last: bool) -> list[str]:
+    """The text of each of some rows, ends of lines included."""
     n, width = len(values), len(recipe.spellers)
     reader = Reader(side, recipe.size)
     found, pending = -1, False
@@ -359,16 +367,13 @@ def _join(recipe: _Recipe, values: np.ndarray, side: bytes, last: bool) -> str:
         rest = iter(records)
         records = [by_row[row] if row in by_row else next(rest) for row in range(n)]
     newline = recipe.dialect.newline
-    if not ended and not parted:
-        text = newline.join(records)
-        return text if last or not records else text + newline
     after = [newline] * n
     if last and n:
         after[-1] = ""
     for row, end in zip(ended, ends):
         after[row] = end
     ahead = dict(zip(parted, between))
-    return "".join(itertools.chain.from_iterable((ahead.get(row, ""), records[row], after[row]) for row in range(n)))
+    return [ahead.get(row, "") + records[row] + after[row] for row in range(n)]
 
 
 # Text and cells ---------------------------------------------------------------------------------------------------

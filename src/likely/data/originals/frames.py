@@ -406,16 +406,27 @@ def _read_parquet(source: Source) -> tuple[pd.DataFrame, str]:
 class RestoredFrame(Restored):
     """A DataFrame or Parquet file that comes back with the same content."""
 
-    def __init__(self, form: TableForm, facts: Mapping[str, Any], parts: Iterable[Part], first: int) -> None:
+    def __init__(
+        self,
+        form: TableForm,
+        facts: Mapping[str, Any],
+        parts: Iterable[Part],
+        first: int,
+        keep: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__(str(facts["media"]))
-        self._form, self._facts, self._parts, self._first = form, facts, parts, first
+        self._form, self._facts, self._parts, self._first, self._keep = form, facts, parts, first, keep
         self._frame: pd.DataFrame | None = None
 
     @property
     def value(self) -> pd.DataFrame:
         if self._frame is None:
             with intact("side information"):
-                self._frame = self._build()
+                frame = self._build()
+                if self._keep is not None:
+                    start, stop = (max(row - self._first, 0) for row in self._keep)
+                    frame = frame.iloc[start:stop]
+                self._frame = frame
                 self.digest = digest_of(self._frame)[0]
         return self._frame
 

@@ -315,7 +315,13 @@ def _lines(facts: Mapping[str, Any], media: str, texts: list[str], side: bytes, 
     return [text + end for text, end in zip(texts, ends)]
 
 
-def restore_sequences(form: SequenceForm, facts: Mapping[str, Any], parts: Iterable[Part], first: int = 0) -> Restored:
+def restore_sequences(
+    form: SequenceForm,
+    facts: Mapping[str, Any],
+    parts: Iterable[Part],
+    first: int = 0,
+    keep: tuple[int, int] | None = None,
+) -> Restored:
     """Put text or sequences together again.
 
     Args:
@@ -323,22 +329,38 @@ def restore_sequences(form: SequenceForm, facts: Mapping[str, Any], parts: Itera
         facts: of the whole.
         parts: consecutive rows.
         first: number of the first row of the first part.
+        keep: numbers of the rows to give, from … to before …; None for all.
     """
     media = facts["media"]
     if media == "text":
+        if keep is not None:
+            raise DataError("rows: one long text has no rows; decompress all of it")
         return RestoredFile("text", _text_pieces(form, facts, parts, first))
     if media == "strings":
-        return RestoredStrings(_line_parts(form, facts, parts, first))
+        return RestoredStrings(_kept(_line_parts(form, facts, parts, first), first, keep))
     if not known_encoding(facts["encoding"]):
         raise DataError(f"head is damaged: expected an encoding, got {facts['encoding']!r}")
-    return RestoredFile(media, _line_pieces(form, facts, parts, first))
+    return RestoredFile(media, _line_pieces(form, facts, parts, first, keep))
 
 
-def _line_pieces(form: SequenceForm, facts: Mapping[str, Any], parts: Iterable[Part], first: int) -> Iterator[bytes]:
+def _kept(parts: Iterable[list[str]], row: int, keep: tuple[int, int] | None) -> Iterator[list[str]]:
+    """Of the texts of rows those that are wanted."""
+    for texts in parts:
+        yield texts if keep is None else texts[max(keep[0] - row, 0) : max(keep[1] - row, 0)]
+        row += len(texts)
+
+
+def _line_pieces(
+    form: SequenceForm,
+    facts: Mapping[str, Any],
+    parts: Iterable[Part],
+    first: int,
+    keep: tuple[int, int] | None = None,
+) -> Iterator[bytes]:
     left = whole(facts["size"])
     yield bytes.fromhex(facts["mark"])
     yield encode(str(facts.get("start", "")), facts["encoding"])
-    for lines in _line_parts(form, facts, parts, first):
+    for lines in _kept(_line_parts(form, facts, parts, first), first, keep):
         piece = encode("".join(lines), facts["encoding"])
         left -= len(piece)
         if left < 0:
