@@ -200,9 +200,8 @@ class StaircaseCells(Cells):
 
     def _legal(self, symbols: Integers) -> Mask:
         if self._column is None:
-            return symbols.view(np.uint64) < np.broadcast_to(self._laws.stop, self.shape).reshape(-1)[
-                slice(None) if self.kept is None else self.kept
-            ].view(np.uint64)
+            levels = self._select(np.broadcast_to(self._laws.stop, self.shape))
+            return (symbols >= 0) & (symbols < levels)
         shift = self._laws.shift[self._column]
         number = symbols >> shift
         inside = (number >= self._laws.low[self._column]) & (number < self._laws.stop[self._column])
@@ -355,9 +354,10 @@ def counts(laws: Sequence[CountLaws], stored: tuple[Integers, Floats] | None = N
     """
     first = _count_runs(laws, np.zeros(0, np.int64) if stored is None else stored[0])
     size = np.diff(first)
-    left, right = first[:-1].astype(np.float64), first[1:] - 1.0
+    left: Floats = first[:-1].astype(np.float64)
+    right: Floats = (first[1:] - 1).astype(np.float64)
     wide = np.flatnonzero(size > 1)
-    middle = np.floor(0.5 * (left[wide] + right[wide]))
+    middle: Floats = np.floor(0.5 * (left[wide] + right[wide]))
     mass = np.zeros((len(laws[0].log_mean), len(size)))
     for law in laws:
         at_left = exp(law.log_mass(left))

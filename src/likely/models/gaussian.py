@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from likely.contract import (
@@ -271,10 +272,10 @@ class Gaussian(Model):
             chain = chain_rows(columns, covariance, base, numeric)
             if beside is None:
                 return chain
-            parts = [(self._numeric, chain), (self._coded, beside.cells(n, None, coded))]
-            return ColumnParts((n, self.space.dims), parts)
+            coded_cells = beside.cells(n, None, coded)
+            return ColumnParts((n, self.space.dims), [(self._numeric, chain), (self._coded, coded_cells)])
 
-        def legal(symbols: Integers, present: Mask | None) -> Mask:
+        def legal(symbols: NDArray[np.int64], present: Mask | None) -> Mask:
             good = np.ones(symbols.shape, bool) if present is None else ~present
             for j, column in zip(self._numeric, columns):
                 good[:, j] |= column.legal(symbols[:, j])
