@@ -52,18 +52,23 @@ class RowsCodec(ABC):
         """Code a batch ``(n, *shape)``; NaN marks absent cells."""
         symbols, present = self._rows.symbols(x)
         n = len(symbols)
-        self._codec(n, _flat(present, n), condition).push(stack, symbols.reshape(n, -1))
+        self._codec(n, self._flat(present), condition).push(stack, symbols.reshape(n, self._rows.space.dims))
 
     def pop(self, stack: Stack, n: int, condition: Tensor | None = None, present: Mask | None = None) -> Tensor:
         """Decode a batch of ``n`` examples."""
-        symbols = self._codec(n, _flat(present, n), condition).pop(stack)
+        symbols = self._codec(n, self._flat(present), condition).pop(stack)
         return self._rows.values(symbols.reshape(n, *self._rows.space.shape), present)
 
     def legal(self, x: Tensor) -> Tensor:
         """Which cells can be coded; absent ones always."""
         symbols, present = self._rows.symbols(x)
         n = len(symbols)
-        return torch.from_numpy(self._legal(symbols.reshape(n, -1), _flat(present, n)).reshape(symbols.shape))
+        return torch.from_numpy(
+            self._legal(symbols.reshape(n, self._rows.space.dims), self._flat(present)).reshape(symbols.shape)
+        )
+
+    def _flat(self, present: Mask | None) -> Mask | None:
+        return None if present is None else np.ascontiguousarray(present).reshape(len(present), self._rows.space.dims)
 
     @abstractmethod
     def _codec(self, n: int, present: Mask | None, condition: Tensor | None) -> Codec:
@@ -167,7 +172,3 @@ class ColumnParts:
         for columns, codec in self._parts:
             good[:, columns] = codec.legal(array[:, columns])
         return good
-
-
-def _flat(present: Mask | None, n: int) -> Mask | None:
-    return None if present is None else np.ascontiguousarray(np.asarray(present).reshape(n, -1))

@@ -411,7 +411,7 @@ def _float_runs(parts: Sequence[Part], spare_bits: int) -> Integers:
     """Runs within an octave, whose floats are evenly spaced, where the laws are; of many octaves elsewhere."""
     values = _steps_of(parts)
     scales = np.concatenate([p.scale[p.weight > 0] for p in parts])
-    lowest = int(np.frexp(scales.min())[1]) - 8
+    lowest = int(np.frexp(scales.min())[1]) - 30
     highest = int(np.frexp(np.abs(values).max() + 1e-300)[1]) + 2
     fine = np.arange(max(lowest, -1022), min(highest, 1023) + 1)
     octaves = np.ldexp(1.0, np.unique(np.concatenate([fine, np.arange(-1022, 1024, 64)])))

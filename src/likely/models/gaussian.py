@@ -276,12 +276,12 @@ class Gaussian(Model):
             return ColumnParts((n, self.space.dims), [(self._numeric, chain), (self._coded, coded_cells)])
 
         def legal(symbols: NDArray[np.int64], present: Mask | None) -> Mask:
-            good = np.ones(symbols.shape, bool) if present is None else ~present
+            good = np.empty(symbols.shape, bool)
             for j, column in zip(self._numeric, columns):
-                good[:, j] |= column.legal(symbols[:, j])
+                good[:, j] = column.legal(symbols[:, j])
             if beside is not None:
-                good[:, self._coded] |= beside.cells(len(symbols)).legal(symbols[:, self._coded])
-            return good
+                good[:, self._coded] = beside.cells(len(symbols)).legal(symbols[:, self._coded])
+            return good if present is None else good | ~present
 
         return DirectCodec(rows, cells, legal)
 
