@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "likely"
 LAYERS = [
     {"__main__"},
     {"cli", "sklearn"},
+    {"compression"},
     {"api"},
     {"archive"},
     {"report"},

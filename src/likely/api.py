@@ -23,11 +23,11 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -59,6 +59,9 @@ from likely.training.checkpoints import load_tensors, save_tensors, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from likely.archive import Sizes
+    from likely.coding.container import Limits
 
 #: Version of a run's folder.
 FORMAT = 1
@@ -558,6 +561,58 @@ class Fitted:
         for x, file in zip(filled, files):
             self.schema.complete(data, x, file, **options)
         return files
+
+    def compress(
+        self,
+        data: Any,
+        path: str | Path | BinaryIO,
+        *,
+        embed: bool = False,
+        verify: bool = True,
+        workers: int | None = None,
+        read: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Sizes:
+        """Compress data without loss into a ``.lk`` file; :func:`likely.decompress` restores it.
+
+        Args:
+            data: rows in the form of the fitted data; what the schema refuses is kept too, beside the model.
+            path: the file to write, or a binary stream; a file appears when it is complete, and not before.
+            embed: whether the file carries the model (its weights rounded), so that it needs no run.
+            verify: decode every chunk before it is written.
+            workers: processes at work; by default one a core.
+            read: how this data differs from the fitted.
+            limits: what the file may hold.
+            progress: called with ``"rows"``, rows done and all rows.
+
+        Returns:
+            What the file costs, and what for.
+
+        Raises:
+            NoCodec: the model has no codec; the message says why.
+        """
+        from likely import archive
+        from likely.coding.weights import pack, unpack
+
+        model, packed = self.model.cpu(), None
+        if embed:
+            packed = pack(model, models.describe)
+            model = unpack(packed, models.build)
+        run = None if embed or self.folder is None else str(self.folder)
+        return archive.compress(
+            model,
+            self.schema,
+            _kept(data, read),
+            path,
+            embed=packed,
+            run=run,
+            verify=verify,
+            workers=workers,
+            read=read,
+            limits=limits,
+            progress=progress,
+        )
 
     def report(
         self,

@@ -49,7 +49,8 @@ HEAD, SCHEMA, MODEL, ROWS, PLAIN = KINDS = ("head", "schema", "model", "rows", "
 Progress = Callable[[str, int, int], None]
 
 _LENGTH = struct.Struct("<I")
-_TRIAL = 64
+#: Rows that the size of a file is judged by, how many of them side by side, and on how many lanes.
+_TRIAL, _TOGETHER, _LANES = 64, 16, 64
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,17 @@ class Sizes:
     def to_json(self) -> dict[str, Any]:
         """All numbers by name."""
         return asdict(self)
+
+    def describe(self) -> str:
+        """Some lines for people."""
+        share = 100.0 * self.file / max(self.original, 1)
+        bits = f", {8 * self.file / self.rows:.3f} bits a row" if self.rows else ""
+        names = ("coded", "plain", "holes", "condition", "side", "head", "model", "frame")
+        parts = ", ".join(f"{name} {getattr(self, name):,}" for name in names if getattr(self, name))
+        return (
+            f"{self.file:,} bytes for {self.rows:,} rows ({share:.2f} % of {self.original:,} bytes{bits})\n"
+            f"{parts}; the model's tables promise {self.coded_bits / 8:,.0f}, {self.initial:,} were borrowed"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -466,11 +478,16 @@ class Archive:
             raise Damaged(f"expected a schema and a model ({fault})", "embedded model") from None
         return model, schema
 
+    def head(self) -> bytes:
+        """What is said of the whole original: the JSON that :func:`likely.data.originals.restore` takes."""
+        return self._only(HEAD)
+
     def restore(
         self,
         model: Model,
         schema: Schema,
         *,
+        rows: tuple[int, int] | None = None,
         workers: int | None = None,
         progress: Progress | None = None,
     ) -> Restored:
@@ -479,6 +496,7 @@ class Archive:
         Args:
             model: the model that coded it.
             schema: its schema.
+            rows: only these, from … to before …; chunks without any of them are not decoded.
             workers: processes at work.
             progress: called with ``"rows"``, rows done and all rows.
 
@@ -488,7 +506,8 @@ class Archive:
             Damaged: the file is not as it was written.
         """
         job = self._job(model, schema)
-        chunks = [entry.number for entry in self.reader.chunks if entry.kind in (ROWS, PLAIN)]
+        first, chunks = self._chunks_of(rows)
+        wanted = sum(self.reader.chunks[number].rows for number in chunks)
         workers = _workers(len(chunks), workers)
 
         def parts() -> Iterator[tuple[Tensor, Tensor | None, bytes]]:
@@ -498,9 +517,24 @@ class Archive:
                 yield part.x, part.condition, part.side
                 done += len(part.x)
                 if progress is not None:
-                    progress("rows", done, self.rows)
+                    progress("rows", done, wanted)
 
-        return restore(schema, self._only(HEAD), parts())
+        return restore(schema, self.head(), parts(), first=first, keep=rows)
+
+    def _chunks_of(self, rows: tuple[int, int] | None) -> tuple[int, list[int]]:
+        """Number of the first row, and the chunks, that hold these rows."""
+        if rows is not None and not 0 <= rows[0] <= rows[1] <= self.rows:
+            raise ValueError(f"rows: expected 0 <= start <= stop <= {self.rows}, got {rows[0]} and {rows[1]}")
+        start, found, first = 0, [], None
+        for entry in self.reader.chunks:
+            if entry.kind not in (ROWS, PLAIN):
+                continue
+            stop = start + entry.rows
+            if rows is None or (start < rows[1] and rows[0] < stop):
+                found.append(entry.number)
+                first = start if first is None else first
+            start = stop
+        return first or 0, found
 
     def _job(self, model: Model, schema: Schema) -> _Job:
         """Check that model, schema and machine are those of the file, before anything is decoded."""
@@ -546,11 +580,8 @@ def _plan(original: Original, codec: ModelCodec, workers: int | None) -> tuple[i
     n = original.n
     if not n:
         return 1, 1
-    trial = original.rows(0, min(n, _TRIAL), codec.legal)
-    stack = Stack(_TRIAL)
-    codec.push(stack, trial.x, trial.condition)
-    size = max(1.0, stack.bits / 8 / len(trial.x)) * n
-    row_bytes = trial.x[0].numel() * 8
+    size = max(float(n), _estimate_bits(codec, original, _TRIAL) / 8)
+    row_bytes = original.rows(0, 1).x.numel() * 8
     cores = usable_cores() if workers is None else workers
     chunk = max(LEAST_CHUNK, min(CHUNK, size / (2 * cores)))
     count = max(1, round(size / chunk))
@@ -558,6 +589,27 @@ def _plan(original: Original, codec: ModelCodec, workers: int | None) -> tuple[i
         count = -(-count // cores) * cores  # so that all processes end together
     step = min(-(-n // count), max(1, MOST_CHUNK // row_bytes))
     return step, _workers(-(-n // step), workers)
+
+
+def estimate_bits(model: Model, original: Original, rows: int) -> float:
+    """Bits that a model needs for all rows of an original, judged by about so many of them.
+
+    Raises:
+        NoCodec: the model has none.
+    """
+    return _estimate_bits(model.eval().codec(spare_bits=_spare_bits(model.space, original) or None), original, rows)
+
+
+def _estimate_bits(codec: ModelCodec, original: Original, rows: int) -> float:
+    n = original.n
+    stack = Stack(_LANES)
+    seen, places = 0, max(1, min(n, rows) // _TOGETHER)
+    for place in range(places):
+        first = place * n // places
+        some = original.rows(first, min(first + _TOGETHER, n), codec.legal)
+        codec.push(stack, some.x, some.condition)
+        seen += len(some.x)
+    return stack.bits * n / max(seen, 1)
 
 
 def _workers(chunks: int, workers: int | None) -> int:

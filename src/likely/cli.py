@@ -105,7 +105,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, FloatingPointError):
         _complain(f"error: {error}")
         return DIVERGED
-    if isinstance(error, (ValueError, OSError, ImportError)):
+    if isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ == "NoCodec":
         _complain(f"error: {error}")
         return FAULT
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -261,6 +261,33 @@ def parse_seconds(text: str) -> float:
     except ValueError:
         raise click.BadParameter(f"expected a duration such as 90s, 5m or 1h30m, got {text!r}") from None
     return 3600 * hours + 60 * minutes + seconds
+
+
+def parse_bytes(text: str) -> int:
+    """A size in bytes: ``500``, ``64K``, ``300M``, ``8G`` (powers of 1024).
+
+    >>> parse_bytes("64K"), parse_bytes("8G")
+    (65536, 8589934592)
+    """
+    units = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+    number, unit = text.strip().upper().removesuffix("B").removesuffix("I"), ""
+    if number and number[-1] in units:
+        number, unit = number[:-1], number[-1]
+    if not number.isascii() or not number.isdigit():
+        raise click.BadParameter(f"expected a size such as 300M or 8G, got {text!r}")
+    return int(number) << units[unit]
+
+
+def parse_rows(text: str) -> tuple[int, int]:
+    """A range of rows, from … to before …: ``1000:2000``.
+
+    >>> parse_rows("10:20")
+    (10, 20)
+    """
+    start, colon, stop = text.partition(":")
+    if not colon or not start.strip().isdigit() or not stop.strip().isdigit():
+        raise click.BadParameter(f"expected rows as A:B (such as 1000:2000), got {text!r}")
+    return int(start), int(stop)
 
 
 def _pairs(values: Sequence[str], name: str) -> dict[str, str]:
@@ -502,6 +529,18 @@ class _Stages:
         sys.stderr.flush()
 
 
+def _counter(quiet: bool) -> _Stages | None:
+    return _Stages() if sys.stderr.isatty() and not quiet else None
+
+
+def _is_compressed(path: str) -> bool:
+    """Whether a path is a ``.lk`` file, by its first bytes."""
+    if not Path(path).is_file():
+        return False
+    with Path(path).open("rb") as file:
+        return file.read(4) == b"\x89lky"
+
+
 def _write_frame(frame: pd.DataFrame, out: str, as_json: bool = False) -> None:
     """Write a DataFrame as CSV (compressed by suffix), Parquet or JSON (a list of records)."""
     if as_json:
@@ -686,7 +725,7 @@ def _documented(doc: str) -> dict[str, str]:
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(likely.__version__, message="likely %(version)s")
 def cli() -> None:
-    """Fit a likelihood to your data, then score, sample, impute, embed and evaluate with it.
+    """Fit a likelihood to your data, then score, sample, impute, embed, compress and evaluate with it.
 
     \b
       likely fit adult.csv --out runs/adult            # schema inferred, trained, kept in a folder
@@ -695,6 +734,7 @@ def cli() -> None:
       likely impute runs/adult holes.csv -o filled.csv
       likely sample runs/adult -n 1000 --seed 0 -o synthetic.csv
       likely report runs/adult -o report.html
+      likely compress runs/adult adult_test.csv -o adult.lk && likely decompress adult.lk -o same.csv
 
     DATA is a path (CSV, Parquet, .npy, .npz, IDX, text, FASTA, a folder of images), "-" for standard input, or the
     name of a set that scikit-learn carries (digits, iris, wine, ...).  `likely VERB --help` explains a verb.
@@ -1041,17 +1081,132 @@ def models(name: str | None, as_json: bool) -> None:
 
 
 @_verb(
-    "Say what a run or a data file is.",
+    "Compress data without loss.",
+    """
+    likely compress runs/adult adult_test.csv -o adult.lk        # the model of a run; decompressing needs the run
+    likely compress adult.csv -o adult.lk                        # a small model, fitted to the data, in the file
+    likely compress adult.csv -o adult.lk --budget 5m            # more time for that model
+    likely compress runs/photos photos/ -o photos.lk --embed     # the run's model goes into the file
+    """,
+    click.argument("what", metavar="[RUN]"),
+    OPTIONAL_DATA,
+    click.option("-o", "--out", metavar="FILE", required=True, help="The file to write, by custom .lk; - is stdout."),
+    click.option("--embed", is_flag=True, help="Put the run's model into the file."),
+    click.option("--budget", default="60s", show_default=True, metavar="TIME",
+                 help="Without a run: time to fit small models in."),
+    click.option("--verify/--no-verify", default=True, help="Decode every part before it is written."),
+    click.option("--workers", type=click.IntRange(min=1), help="Processes at work; by default one a core."),
+    SEED,
+    READER,
+    QUIET,
+    JSON,
+)  # fmt: skip
+def compress(
+    what: str,
+    data: str | None,
+    out: str,
+    embed: bool,
+    budget: str,
+    verify: bool,
+    workers: int | None,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Compress DATA into one file, from which `likely decompress` restores it exactly.
+
+    With a RUN its model codes the data; the file is as small as the model's bits, and whoever decompresses needs the
+    same run.  Without one small models are fitted to the data itself, the best codes it, and the file carries it.
+
+    A CSV or text file comes back byte for byte; tables and arrays with every value to the bit; image folders with
+    pixels, names and order.  Rows that the model never saw (a new category, a value out of range) are kept as well.
+    """
+    import likely.compression as compression
+
+    run = None if data is None else what
+    if run is None and embed:
+        raise click.UsageError("--embed: without a run the file carries its model in any case")
+    options: dict[str, Any] = {
+        "read": _reading(),
+        "verify": verify,
+        "workers": workers,
+        "progress": _counter(quiet),
+    }
+    if out == "-" and sys.stdout.isatty():
+        raise click.UsageError("expected -o FILE (such as data.lk): a compressed file is no text")
+    if out == "-" and as_json:
+        raise click.UsageError("--json: standard output is the compressed file; give it a name with -o")
+    target: Any = sys.stdout.buffer if out == "-" else out
+    if run is None:
+        sizes = compression.compress(what, target, budget=parse_seconds(budget), seed=seed, **options)
+    else:
+        sizes = compression.compress(data, target, run=run, embed=embed, **options)
+    if as_json:
+        _print_json(sizes.to_json())
+    else:
+        _say(sizes.describe())
+
+
+@_verb(
+    "Restore what was compressed.",
+    """
+    likely decompress adult.lk -o adult.csv
+    likely decompress adult.lk -o adult.csv --run moved/adult
+    likely decompress adult.lk --rows 1000:2000 -o some.csv      # only these rows (tables, lines)
+    likely decompress adult.lk | head                            # to standard output
+    """,
+    click.argument("file", metavar="FILE"),
+    _output("File or folder to write."),
+    click.option("--run", metavar="RUN", help="The run that compressed it, where the file does not carry its model."),
+    click.option("--rows", metavar="A:B", help="Only rows A to before B, from 0."),
+    click.option("--workers", type=click.IntRange(min=1), help="Processes at work; by default one a core."),
+    click.option("--max-output", metavar="BYTES", help="Decoded size up to which a file is trusted (4G)."),
+    QUIET,
+)
+def decompress(
+    file: str, out: str, run: str | None, rows: str | None, workers: int | None, max_output: str | None, quiet: bool
+) -> None:
+    """Restore the data of FILE.
+
+    What was written is held against checksums; a file that is damaged, cut short or made with another model is refused
+    with the reason, and nothing is written.
+    """
+    import likely.compression as compression
+    from likely.coding.container import Limits
+
+    limits = None if max_output is None else Limits(max_output=parse_bytes(max_output))
+    compression.decompress(
+        sys.stdin.buffer.read() if file == "-" else file,
+        out,
+        run=run,
+        rows=None if rows is None else parse_rows(rows),
+        workers=workers,
+        limits=limits,
+        progress=_counter(quiet),
+    )
+
+
+@_verb(
+    "Say what a run, a compressed file or a data file is.",
     """
     likely info runs/adult
+    likely info adult.lk
     likely info adult.csv --delimiter ';'
     """,
-    click.argument("what", metavar="RUN|DATA"),
+    click.argument("what", metavar="RUN|FILE|DATA"),
     READER,
     JSON,
 )
 def info(what: str, as_json: bool) -> None:
-    """Say what a run is, or what `fit` would read DATA as."""
+    """Say what a run is, what a compressed file holds, or what `fit` would read DATA as."""
+    if _is_compressed(what):
+        import likely.compression as compression
+
+        if as_json:
+            _print_json(compression.info(what))
+        else:
+            click.echo("\n".join(compression.describe_file(what)))
+        return
     if (Path(what) / "config.json").exists():
         import likely.api as api
 

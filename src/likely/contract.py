@@ -457,7 +457,7 @@ class Model(nn.Module):
 
         Args:
             spacing, bound: for ``Reals`` alone: the grid i · spacing within ± bound on which the cells live.
-            spare_bits: for each numeric column of a table without a grid, how many zeros end the bits of all its values.
+            spare_bits: for each numeric column of a table without a grid, how many zeros end the bits of its values.
 
         Raises:
             NoCodec: the model has none; the message says why.

@@ -47,8 +47,8 @@ class Rows:
     def __init__(self, space: Space, spacing: float | None = None) -> None:
         if isinstance(space, Reals) and spacing is None:
             raise NoCodec(
-                "real numbers have a density and no probability, so that no number of bits codes them exactly: give the "
-                "data a resolution, or keep them as the columns of a table, whose floats are coded to the bit"
+                "real numbers have a density and no probability, so that no number of bits codes them exactly: give "
+                "the data a resolution, or keep them as the columns of a table, whose floats are coded to the bit"
             )
         self.space, self.spacing = space, spacing
         self._columns = space.columns if isinstance(space, Table) else ()

@@ -37,7 +37,7 @@ Describe = Callable[[Model], Mapping[str, Any]]
 Build = Callable[[Mapping[str, Any]], Model]
 
 
-def pack(model: Model, describe: Describe, bits: int = 8) -> bytes:
+def pack(model: Model, describe: Describe, bits: int = 7) -> bytes:
     """The model in few bytes; :func:`unpack` makes the model from them that codes the data.
 
     Args:
