@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from likely.coding.cells import Mask
 from likely.coding.distributions import codec_of
@@ -16,7 +16,7 @@ from likely.coding.stack import Stack
 from likely.coding.tables import inverse_scale, logistic
 from likely.contract import Space
 from likely.distributions import Distribution
-from likely.exact import Network
+from likely.exact import Network, network
 from likely.exact.functions import log
 
 #: ``walk(n, condition)`` yields the distribution of the next cell of n examples, and is sent what the cell is.
@@ -89,6 +89,17 @@ class SequentialCodec:
             found.append(walk.send(last))  # type: ignore[arg-type]
             last = x.flatten(1)[:, t]
         return reversed(found)
+
+
+class Fine(nn.Module):
+    """The rule of a layer in ``exact64``, with results in float32: for layers whose rounding would show."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.rule = network(layer, "exact64").module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rule(x).float()
 
 
 def log_level(x: Tensor, means: Tensor, log_scales: Tensor, levels: int) -> Tensor:

@@ -101,7 +101,7 @@ class CausalPatch:
     def at(self, padded: Tensor, i: int, j: int) -> Tensor:
         """Patches at one position of every image: shape ``(n, len(self), channels)``."""
         block = padded[:, i : i + self.rows + 1, j : j + 2 * self.columns + 1]
-        return block.reshape(len(padded), -1, padded.shape[-1])[:, : len(self)]
+        return block.flatten(1, 2)[:, : len(self)]
 
 
 class ResidualRows(nn.Module):
