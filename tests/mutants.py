@@ -24,6 +24,10 @@ import torch
 import likely.evaluation.heldout as heldout
 from likely import units
 from likely.checks import check_model
+from likely.coding import staircase
+from likely.coding.components import ComponentsCodec
+from likely.coding.intervals import NormalCells
+from likely.coding.normals import FactorInnovations
 from likely.contract import Binary, Column, Counts, Integers, Model, Reals, Space, Table
 from likely.data.dataset import Dataset
 from likely.data.preprocessing import Dequantise, Logit, Preprocessed, Standardise
@@ -31,6 +35,7 @@ from likely.distributions.counts import NegativeBinomial
 from likely.distributions.logistic import DiscretizedLogisticMixture, GridLogisticMixture
 from likely.distributions.normal import Normal
 from likely.models.gaussian import Gaussian, _Full
+from likely.models.independent import Independent
 from likely.models.mixture import Mixture
 from likely.models.vae import VAE
 from likely.networks.features import Features
@@ -491,6 +496,54 @@ MUTANTS = [
         "loss",
         "(step + 1)",
         "(self.__dict__.setdefault('calls', []).append(0) or len(self.__dict__['calls']))",
+    ),
+    Mutant(
+        "bits-back with the variance as the standard deviation",
+        contract("codec_length", VAE, BITS),
+        NormalCells,
+        "_law",
+        "inverse_scale(self._log_scale[some])",
+        "inverse_scale(2.0 * self._log_scale[some])",
+    ),
+    Mutant(
+        "a symbol with zero frequency",
+        contract("codec_round_trip", Independent, Counts((2,))),
+        staircase,
+        "_edges",
+        "np.floor(share * float(_TOTAL - runs)).astype(np.int64) + np.arange(runs + 1)",
+        "np.floor(share * float(_TOTAL)).astype(np.int64)",
+    ),
+    Mutant(
+        "codec run in training mode",
+        contract("codec_round_trip", VAE, BITS),
+        VAE,
+        "posterior",
+        "full_precision(self.posterior_head(h))",
+        "full_precision(torch.dropout(self.posterior_head(h), 0.2, True))",
+    ),
+    Mutant(
+        "component drawn without its weight",
+        contract("codec_length", Mixture, BITS),
+        ComponentsCodec,
+        "_codec",
+        "laws.log_joint(symbols, present) + self._log_weights",
+        "laws.log_joint(symbols, present)",
+    ),
+    Mutant(
+        "absent cells weigh on the component",
+        contract("codec_absent_cells", Mixture, Integers((2,), 3, missing=True)),
+        staircase.Staircases,
+        "log_joint",
+        "per_sample_weights=weight",
+        "per_sample_weights=None",
+    ),
+    Mutant(
+        "cells coded as if alone",
+        contract("codec_length", Gaussian, PLANE),
+        FactorInnovations,
+        "tell",
+        "+= innovation * (",
+        "+= 0.0 * innovation * (",
     ),
 ]
 
