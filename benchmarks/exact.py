@@ -3,11 +3,11 @@
     LIKELY_DATA=… python benchmarks/exact.py --out benchmarks/results/exact
 
 1. *Time.*  The encoder and the decoder (with the likelihood's numbers) of the package's vae, at batch 256: an MLP
-   784-512-512-40 and the convolutional network at 32 × 32 × 3.  The same module in float32, in exact32 and in exact64 take
-   turns, round after round; the table has medians of processor time an example, and of the ratio to float32 in the
-   same round.
-2. *Bits.*  Two vaes are trained for a few minutes, and their bound on held-out examples is computed with the same noise by
-   float32 and by exact networks whose weights have 6 to 10 bits, or whose activations have another limit.
+   784-512-512-40 and the convolutional network at 32 × 32 × 3.  The same module in float32, in exact32 and in exact64
+   take turns, round after round; the table has medians of processor time an example, and of the ratio to float32 in
+   the same round.
+2. *Bits.*  Two vaes are trained for a few minutes, and their bound on held-out examples is computed, with the same
+   noise, by float32 and by exact networks whose weights have 6 to 10 bits, or whose activations have another limit.
 
 ``LIKELY_DATA`` is a folder with ``mnist/`` (the four idx files); without it the digits of scikit-learn are used.
 """
@@ -247,8 +247,8 @@ def table(record: dict[str, Any]) -> str:
         "",
         f"## Bits: bound of a vae on {record['data']}, trained for {record['steps']:,} steps",
         "",
-        "How much longer the code is, in per cent of the float32 bound; exact32 has weights of 9 bits and activations up",
-        "to 2047 where the certificate leaves room.",
+        "How much longer the code is, in per cent of the float32 bound; exact32 has weights of 9 bits, and activations",
+        "up to 2047 where the certificate leaves room.",
         "",
         "| arithmetic | " + " | ".join(row["model"] for row in record["losses"]) + " |",
         "|---|" + "---|" * len(record["losses"]),

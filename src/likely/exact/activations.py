@@ -137,13 +137,11 @@ class Activation(Rule):
         x = (place - self.zero) * (1.0 / STEPS) if beyond else place
         last = place.dim() == 4 and place.is_contiguous(memory_format=torch.channels_last)
         dense = place.permute(0, 2, 3, 1) if last else place
-        index = (
-            dense.clamp_(0.0, self._end).to(torch.int32).to(torch.int64).view(-1)
-        )  # quicker in two steps than in one
-        torch.index_select(self.table, 0, index, out=dense.view(-1))
-        for out, slope in ((x > self.curve.reach, right), (x < -self.curve.reach, left)):
-            if beyond and slope:  # the other asymptotes are the ends of the table
-                place.copy_(torch.where(out, x * slope, place))
+        index = dense.clamp_(0.0, self._end).to(torch.int32)  # half the memory of int64, hence quicker
+        torch.index_select(self.table, 0, index.view(-1), out=dense.view(-1))
+        if beyond:  # the asymptotes that are constant are the ends of the table
+            place.copy_(torch.where(x > self.curve.reach, x * right, place) if right else place)
+            place.copy_(torch.where(x < -self.curve.reach, x * left, place) if left else place)
         return place
 
     def probe_input(self) -> Tensor:

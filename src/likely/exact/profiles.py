@@ -85,7 +85,7 @@ def check(x: Tensor) -> float:
     return peaks(x, tuple(range(x.dim()))).item() if x.numel() else 0.0
 
 
-def parts(x: Tensor, most: int = 1 << 18) -> Iterator[slice]:
+def parts(x: Tensor, most: int = 1 << 19) -> Iterator[slice]:
     """Slices of the first axis with about ``most`` numbers each, so that what is done to one stays in the cache."""
     if not x.numel():
         return
