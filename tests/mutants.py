@@ -522,12 +522,12 @@ MUTANTS = [
         "full_precision(torch.dropout(self.posterior_head(h), 0.2, True))",
     ),
     Mutant(
-        "component drawn without its weight",
+        "component drawn for another row",
         contract("codec_length", Mixture, BITS),
         ComponentsCodec,
         "_codec",
-        "laws.log_joint(symbols, present) + self._log_weights",
         "laws.log_joint(symbols, present)",
+        "laws.log_joint(symbols[::-1].copy(), present)",
     ),
     Mutant(
         "absent cells weigh on the component",
