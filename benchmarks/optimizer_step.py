@@ -2,8 +2,8 @@
 
     python benchmarks/optimizer_step.py --workdir DIR --out benchmarks/results/optimizer_step
 
-Three networks: an MLP 784-2048-2048-2048-784 (11.6 M weights in few large tensors), six transformer layers of width 384
-(10.6 M) and a small network of 200 tensors (0.4 M).  Every optimiser is a process of its own with weights and random
+Three networks: a small one of 200 tensors (0.4 M weights), six transformer layers of width 384 (10.6 M), and an MLP
+784-2048-2048-2048-784 (11.6 M in few large tensors).  Every optimiser is a process of its own with weights and random
 gradients of these shapes; they take turns, one step each (turns.py), so that every round gives ratios.  With one thread
 the clock is processor time.  Preconditioners are renewed every ten steps, by ours and by the rivals; the table has the
 median and the mean step, and the slowest (the first included) in medians.
@@ -38,9 +38,9 @@ def networks() -> dict[str, list[tuple[int, ...]]]:
         mlp += [(out, into), (out,)]
     layer: list[tuple[int, ...]] = [(1152, 384), (1152,), (384, 384), (384,), (1536, 384), (1536,), (384, 1536), (384,)]
     return {
-        "MLP": mlp,
-        "transformer": (layer + [(384,)] * 4) * 6,
         "200 tensors": [(64, 64), (64,)] * 100,
+        "transformer": (layer + [(384,)] * 4) * 6,
+        "MLP": mlp,
     }
 
 
@@ -264,15 +264,8 @@ def main() -> None:
     pythons = {"own": sys.executable}
     if any(name.startswith("pytorch_optimizer") for name in names):
         pythons["pytorch_optimizer"] = environment(arguments.workdir)
-    found: dict[str, Any] = {}
-    for network, shapes in networks().items():
-        if arguments.network in (None, network):
-            print(network, f"{sum(math.prod(shape) for shape in shapes):,} weights", flush=True)
-            found[network] = measure(
-                network, names, arguments.rounds, arguments.threads, pythons, arguments.workdir / "logs"
-            )
-    record = {
-        "networks": found,
+    record: dict[str, Any] = {
+        "networks": {},
         "rounds": arguments.rounds,
         "threads": arguments.threads,
         "clock": "processor time" if arguments.threads == 1 else "elapsed time",
@@ -281,12 +274,17 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "command": "python benchmarks/optimizer_step.py --workdir DIR --out benchmarks/results/optimizer_step",
     }
-    text = report(record)
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(exist_ok=True)
-        arguments.out.with_suffix(".json").write_text(json.dumps(record) + "\n")
-        arguments.out.with_suffix(".md").write_text(text)
+    logs = arguments.workdir / "logs"
+    for network, shapes in networks().items():
+        if arguments.network in (None, network):
+            print(network, f"{sum(math.prod(shape) for shape in shapes):,} weights", flush=True)
+            rows = measure(network, names, arguments.rounds, arguments.threads, pythons, logs)
+            record["networks"][network] = rows
+            if arguments.out:
+                arguments.out.parent.mkdir(exist_ok=True)
+                arguments.out.with_suffix(".json").write_text(json.dumps(record) + "\n")
+                arguments.out.with_suffix(".md").write_text(report(record))
+    print(report(record))
 
 
 if __name__ == "__main__":

@@ -271,6 +271,31 @@ def test_four_best_iterations_are_nearer_to_one_than_five_of_jordans() -> None:
     assert np.sqrt((ours**2).mean()) < 0.5 * np.sqrt((theirs**2).mean())
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (6, 9), (5, 12), (12, 5), (3, 800)])
+@pytest.mark.parametrize("iterations", [1, 3, 4])
+def test_iterations_are_polynomials_of_the_singular_values(shape: tuple[int, int], iterations: int) -> None:
+    """Whether composed in pairs or not, and whichever side they work on."""
+    x = np.random.default_rng(2).normal(size=shape)
+    u, values, vt = np.linalg.svd(x, full_matrices=False)
+    for method, norm in (("polar-express", (values**8).sum() ** 0.125), ("newton-schulz", np.linalg.norm(values))):
+        expected = u * image(matrices.coefficients(method, iterations, 5e-3), values / norm) @ vt
+        found = matrices.orthogonalized(torch.from_numpy(x)[None], method, iterations, 5e-3, 1e-7)[0].numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_large_symmetric_products_from_one_triangle() -> None:
+    x = torch.randn(2, 800, 70, dtype=torch.float64)
+    a = matrices.gram(x)
+    torch.testing.assert_close(a, x @ x.mT)
+    b = 0.3 * a @ a - a  # commutes with a
+    found = matrices.commuting_product_plus(a, b, a, alpha=0.5, beta=2.0)
+    torch.testing.assert_close(found, 0.5 * a @ b + 2 * a)
+    single = x[:1].float()
+    torch.testing.assert_close(
+        matrices.gram(single).double(), single.double() @ single.double().mT, rtol=1e-5, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     ("shape", "spectrum"),
     [
@@ -285,7 +310,9 @@ def test_orthogonalised_matrices_are_near_the_polar_factor(shape: tuple[int, int
     x = rng.normal(size=shape)
     if spectrum != "gaussian":
         u, _, vt = np.linalg.svd(x, full_matrices=False)
-        x = (u * (np.geomspace(1, 0.03, k) if spectrum == "geometric" else np.r_[10.0, np.ones(k - 1)])) @ vt
+        x = (
+            u * (np.geomspace(1, 0.03, k) if spectrum == "geometric" else np.r_[10.0, rng.uniform(0.2, 1, k - 1)])
+        ) @ vt
     u, _, vt = np.linalg.svd(x, full_matrices=False)
     cosine, values = {}, {}
     for method, iterations in (("polar-express", 4), ("newton-schulz", 5)):

@@ -91,10 +91,10 @@ def gram(x: Tensor) -> Tensor:
     return _symmetric(x, lambda low, high: product(x[:, low:high], x[:, :high].mT))
 
 
-def square_plus(a: Tensor, alpha: float, beta: float) -> Tensor:
-    """α a² + β a, for symmetric a of shape ``(batch, m, m)``; large ones from one triangle."""
+def commuting_product_plus(a: Tensor, b: Tensor, c: Tensor, alpha: float, beta: float) -> Tensor:
+    """α a b + β c, for symmetric matrices ``(batch, m, m)`` of which a and b commute; large ones from one triangle."""
     return _symmetric(
-        a, lambda low, high: product_plus(a[:, low:high], a[:, :high].mT, a[:, low:high, :high], alpha, beta)
+        a, lambda low, high: product_plus(a[:, low:high], b[:, :high].mT, c[:, low:high, :high], alpha, beta)
     )
 
 
@@ -245,6 +245,8 @@ def _eigh(p: Tensor) -> tuple[Tensor, Tensor]:
 Method = Literal["polar-express", "newton-schulz", "svd"]
 #: a, b, c of a x + b x³ + c x⁵ in https://kellerjordan.github.io/posts/muon.
 JORDAN = (3.4445, -4.7750, 2.0315)
+#: Ratio of a matrix's sides from which two iterations are cheaper as one, composed on the smaller side.
+PAIRED = 2
 #: How much larger than its bound a singular value may be by rounding, in every iteration but the last.
 SAFETY = 1.01
 
@@ -300,7 +302,10 @@ def orthogonalized(x: Tensor, method: Method, iterations: int, floor: float, eps
     x ← a x + (b A + c A²) x with A = x xᵀ, or from the right with A = xᵀ x.  They want σ of at most 1.
     ``newton-schulz`` divides x by its Frobenius norm |x|, as its authors do.  ``polar-express`` divides by |A²|^¼ =
     (Σ σ⁸)^⅛, which is much nearer to the largest σ (for a square Gaussian matrix of 400 rows it is 1.5 times that, |x|
-    10 times; of 2,500 rows 1.8 and 25 times) and costs nothing, A² being needed in any case.
+    10 times; of 2,500 rows 1.8 and 25 times) and costs nothing, A² being needed in any case.  For matrices with sides
+    of ratio 2 or more it composes the last two iterations as polynomials of A, which saves products with the long side
+    (the "Gram Newton-Schulz" of Zhang, Amsel, Chen & Dao 2026); composed in bfloat16, earlier ones, which magnify
+    more, could leave the interval that the later ones are made for.
 
     Args:
         floor: least singular value, relative to that norm, for which ``polar-express`` guarantees its error.
@@ -309,19 +314,39 @@ def orthogonalized(x: Tensor, method: Method, iterations: int, floor: float, eps
     if method == "svd":
         u, _, vt = torch.linalg.svd(x, full_matrices=False)
         return product(u, vt)
+    short, long = sorted(x.shape[1:])
     tall = x.shape[1] > x.shape[2]
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(eps)
-    for i, (a, b, c) in enumerate(coefficients(method, iterations, floor)):
+    polynomials = list(coefficients(method, iterations, floor))
+    while polynomials:
+        a, b, c = polynomials.pop(0)
         square = gram(x.mT if tall else x)
-        if i == 0 and method == "polar-express":
-            fourth = square_plus(square, alpha=1.0, beta=0.0)
+        if method == "polar-express" and len(polynomials) == iterations - 1:
+            fourth = commuting_product_plus(square, square, square, alpha=1.0, beta=0.0)
             norm = torch.linalg.matrix_norm(fourth, keepdim=True) ** 0.25  # at least n^(−3/8), as |x| = 1
-            x, exact = x / norm, norm.to(torch.promote_types(norm.dtype, torch.float32))
+            exact = norm.to(torch.promote_types(norm.dtype, torch.float32))
             quintic = (square * (b / exact**2) + fourth * (c / exact**4)).to(x.dtype)
+            x, square = x.div_(norm), (square / exact**2).to(x.dtype)
         else:
-            quintic = square_plus(square, alpha=c, beta=b)
-        x = product_plus(*((x, quintic) if tall else (quintic, x)), x, alpha=1.0, beta=a)
+            quintic = commuting_product_plus(square, square, square, alpha=c, beta=b)  # b A + c A²
+        if method == "polar-express" and len(polynomials) == 1 and long >= PAIRED * short:
+            a, quintic = _composed(square, quintic, a, polynomials.pop())
+        left, right = (x, quintic) if tall else (quintic, x)
+        x = product_plus(left, right, x, alpha=1.0, beta=a)
     return x
+
+
+def _composed(square: Tensor, quintic: Tensor, a: float, second: tuple[float, float, float]) -> tuple[float, Tensor]:
+    """Two iterations in one: α and P such that the second takes the first's x to α x + P x.
+
+    With Z = ``quintic`` the first iteration makes (a + Z) x, whose square is B = (a + Z) A (a + Z); the second makes
+    (a' + b' B + c' B²) (a + Z) x.  Everything here commutes, and is as small as A.
+    """
+    a2, b2, c2 = second
+    half = commuting_product_plus(square, quintic, square, alpha=1.0, beta=a)  # A (a + Z)
+    square = commuting_product_plus(half, quintic, half, alpha=1.0, beta=a)
+    outer = commuting_product_plus(square, square, square, alpha=c2, beta=b2)
+    return a * a2, commuting_product_plus(outer, quintic, (a2 * quintic).add_(outer, alpha=a), alpha=1.0, beta=1.0)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from likely.optim.adam import Adam
 from likely.optim.frame import Bucket, Decay, Rounding, UpdateRule, expect, precision_of
+from likely.optim.matrices import batched
 
 
 def matrix_groups(model: nn.Module, but: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -119,8 +120,12 @@ class MatrixRule(Adam):
         raise NotImplementedError
 
     def update_matrices(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
-        """What matrices lose, in units of the learning rate; the state in ``bucket`` becomes the new one."""
+        """What matrices of one kind lose, in units of the learning rate; their state becomes the new one."""
         raise NotImplementedError
+
+    def kind(self, number: int, parameter: Tensor, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The shape of a parameter, and what else must be equal in parameters that are worked off together."""
+        return (tuple(parameter.shape),)
 
     def begin(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if self.is_matrix(parameter, group):  # whole on every process, where parameters are shared out
@@ -131,8 +136,19 @@ class MatrixRule(Adam):
     def advance(self, bucket: Bucket, group: dict[str, Any]) -> None:
         if self.is_elementwise(bucket, group):
             super().advance(bucket, group)
-        else:
-            UpdateRule.advance(self, bucket, group)
+            return
+        kinds = [self.kind(*each, group) for each in zip(bucket.numbers, bucket.handles)]
+        for indices in batched(range(len(kinds)), kinds):  # what is made for one batch is gone before the next
+            together = Bucket(
+                [bucket.handles[i] for i in indices],
+                [bucket.parameters[i] for i in indices],
+                [bucket.gradients[i] for i in indices],
+                {name: [tensors[i] for i in indices] for name, tensors in bucket.state.items()},
+                bucket.clock,
+                [bucket.numbers[i] for i in indices],
+                bucket.t,
+            )
+            UpdateRule.advance(self, together, group)
 
     def update(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
         if self.is_elementwise(bucket, group):

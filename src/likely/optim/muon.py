@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from likely.optim.frame import Bucket, Decay, Rounding, expect
-from likely.optim.matrices import Method, batched, layout, multiplies_bfloat16, orthogonalized, stacked
+from likely.optim.matrices import Method, layout, multiplies_bfloat16, orthogonalized, stacked
 from likely.optim.matrixrule import MatrixRule
 
 Adjust = Literal["match_rms_adamw", "original", "none"]
@@ -149,16 +149,10 @@ class Muon(MatrixRule):
         native = multiplies_bfloat16(bucket.gradients[0].device)
         half = group["precision"] == "bfloat16" or (group["precision"] == "auto" and native)
         how = (group["method"], group["iterations"], group["floor"], group["norm_eps"])
-        updates = list(bucket.gradients)
-        shapes = [layout(tuple(g.shape), True, None, 0).shape for g in updates]
-        for indices in batched(range(len(updates)), [(shape,) for shape in shapes]):
-            gradients, momenta = ([x[i] for i in indices] for x in (bucket.gradients, bucket.state["momentum"]))
-            ahead = muon_momentum(gradients, momenta, group["momentum"], group["nesterov"])
-            rows, columns = shapes[indices[0]]
-            x = stacked([m.to(torch.bfloat16 if half and how[0] != "svd" else m.dtype) for m in ahead])
-            o = orthogonalized(x.reshape(-1, rows, columns), *how)
-            scale = muon_scale(rows, columns, group["adjust"])
-            for i, m, found in zip(indices, ahead, o):
-                room = m if group["nesterov"] else torch.empty_like(m)
-                updates[i] = room.copy_(found.view(m.shape)).mul_(scale)
-        return updates
+        ahead = muon_momentum(bucket.gradients, bucket.state["momentum"], group["momentum"], group["nesterov"])
+        rows, columns = layout(tuple(ahead[0].shape), True, None, 0).shape
+        x = stacked([m.to(torch.bfloat16 if half and how[0] != "svd" else m.dtype) for m in ahead])
+        o = orthogonalized(x.reshape(-1, rows, columns), *how)
+        scale = muon_scale(rows, columns, group["adjust"])
+        updates = ahead if group["nesterov"] else [torch.empty_like(m) for m in ahead]  # else it is the state
+        return [u.copy_(each.view(u.shape)).mul_(scale) for u, each in zip(updates, o)]

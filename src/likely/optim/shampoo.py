@@ -106,7 +106,7 @@ class Block:
 
     def key(self) -> tuple[object, ...]:
         """Equal for blocks that can be worked off together."""
-        return tuple(self.g.shape), tuple(matrix is None for matrix in self.basis), self.turn
+        return tuple(self.g.shape), tuple(matrix is None for matrix in self.basis)
 
     def tensors(self) -> list[Tensor | None]:
         return [self.g, self.m, self.v, self.update, *self.statistics, *self.basis]
@@ -192,6 +192,9 @@ class Preconditioned(MatrixRule):
                 )
                 found.append(Block(*block, statistics, basis, turn, start))
         return found
+
+    def kind(self, number: int, parameter: Tensor, group: dict[str, Any]) -> tuple[Any, ...]:
+        return *super().kind(number, parameter, group), self.turn(number)
 
     def turn(self, number: int) -> int:
         """The turn of a parameter, by its number."""
