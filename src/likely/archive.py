@@ -28,7 +28,16 @@ from likely.coding.bits_back import decode_rows, encode_rows
 from likely.coding.codec import ModelCodec
 from likely.coding.container import Chunk, Limits, Reader, Writer, canonical_json, content_digest
 from likely.coding.described import PatternCells
-from likely.coding.errors import Damaged, ForeignArithmetic, NewerVersion, WrongModel, located
+from likely.coding.errors import (
+    Damaged,
+    ForeignArithmetic,
+    FormatError,
+    NewerVersion,
+    TooLarge,
+    WrongModel,
+    intact,
+    located,
+)
 from likely.coding.fingerprint import fingerprint
 from likely.coding.parallel import map_chunks, usable_cores
 from likely.coding.rows import Rows, spare_bits
@@ -36,13 +45,14 @@ from likely.coding.stack import Stack
 from likely.contract import Binary, Integers, Model, Reals, Space, Table, Tokens
 from likely.data import Schema
 from likely.data.originals import Original, Restored, restore, take_apart
+from likely.exact import Irreproducible
 
 #: What a "rows" payload means; a change that gives other bytes gets a new name.
 CODING = "rows-1"
 #: Compressed bytes of a chunk: enough that lanes, initial bits and checksums cost some 0.1 %.
 CHUNK, LEAST_CHUNK = 500_000, 250_000
-#: Decoded bytes of a chunk.
-MOST_CHUNK = 64 << 20
+#: Bytes of a chunk's cells, eight a cell; bytes of what is said once of the whole.
+MOST_CHUNK, MOST_SAID = 64 << 20, 64 << 20
 #: Kinds of chunks.
 HEAD, SCHEMA, MODEL, ROWS, PLAIN = KINDS = ("head", "schema", "model", "rows", "rows-plain")
 
@@ -326,10 +336,13 @@ class _Job:
         Raises:
             Damaged: it is not as it was written.
         """
-        with located(chunk.where):
+        with intact("rows", chunk.where), located(chunk.where):
             return self._decode(chunk.kind, chunk.payload, chunk.rows, chunk.raw_size, chunk.digest)
 
     def _decode(self, kind: str, payload: bytes, n: int, raw_size: int, digest: bytes) -> _Part:
+        cells = 8 * n * self.model.space.dims
+        if n > 1 and cells > MOST_CHUNK:
+            raise TooLarge("bytes of a chunk's cells", cells, MOST_CHUNK)
         sizes = self._cells.sizes(n)
         given_sizes = () if self._condition is None else self._condition.sizes(n)
         side_size = raw_size - sum(sizes) - sum(given_sizes)
@@ -464,18 +477,15 @@ class Archive:
         """The model and the schema that the file holds.
 
         Raises:
-            ValueError: it holds none.
+            FormatError: it holds none, or none that can be built.
         """
         from likely.coding.weights import unpack
 
         if not self.embedded:
-            raise ValueError("the file holds no model")
-        text = self._only(SCHEMA)
-        try:
-            schema = Schema.from_json(json.loads(text))
+            raise FormatError("the file holds no model", advice="decompress with the run that compressed the file")
+        with intact("a schema and a model", "embedded model"):
+            schema = Schema.from_json(json.loads(self._only(SCHEMA)))
             model = unpack(self._chunk(MODEL).payload, models.build)
-        except (ValueError, TypeError, KeyError) as fault:
-            raise Damaged(f"expected a schema and a model ({fault})", "embedded model") from None
         return model, schema
 
     def head(self) -> bytes:
@@ -541,11 +551,11 @@ class Archive:
         expected, got = self._said("model", "fingerprint"), _fingerprint(model, schema)
         if expected != got:
             raise WrongModel(str(expected), got, "header")
-        spare = self.header.get("spare", [])
-        try:
-            job = _Job(model, [int(bits) for bits in spare])
-        except (TypeError, ValueError) as fault:
-            raise Damaged(f"spare: {fault}", "header") from None
+        with intact("a model with a codec, and its spare bits", "header"):
+            try:
+                job = _Job(model, [int(bits) for bits in self.header.get("spare", [])])
+            except Irreproducible:
+                raise ForeignArithmetic("model") from None
         for name, network in job.codec.networks.items():
             if self._said("probes", name) != network.probe().hex():
                 raise ForeignArithmetic(name, tuple(sorted(set(network.routes.values()))), "header")
@@ -564,6 +574,8 @@ class Archive:
     def _only(self, kind: str) -> bytes:
         """Content of the one chunk of a kind."""
         chunk = self._chunk(kind)
+        if chunk.raw_size > MOST_SAID:
+            raise TooLarge("decoded bytes", chunk.raw_size, MOST_SAID, where=chunk.where)
         with located(chunk.where):
             content = fallback.decompress(chunk.payload, chunk.raw_size)
             chunk.verify(content)
@@ -643,6 +655,8 @@ def _json(schema: Schema) -> bytes:
 
 def _add(writer: Writer, kind: str, content: bytes) -> int:
     """Add a chunk under generic compression; its bytes."""
+    if len(content) > MOST_SAID:
+        raise TooLarge(f"bytes of the {kind}", len(content), MOST_SAID)
     packed = fallback.compress(content)
     writer.add(kind, packed, raw_size=len(content), digest=content_digest(content))
     return len(packed)

@@ -138,3 +138,22 @@ def located(where: str) -> Iterator[None]:
     except FormatError as error:
         error.where = error.where or where
         raise
+
+
+@contextmanager
+def intact(what: str, where: str = "") -> Iterator[None]:
+    """Within the context whatever fails does so because the file is damaged, and becomes :class:`Damaged`.
+
+    >>> try:
+    ...     with intact("whole numbers", "chunk 7"):
+    ...         [3, 4][2]
+    ... except Damaged as error:
+    ...     print(error.where, "-", error.what)
+    chunk 7 - expected whole numbers (IndexError: list index out of range)
+    """
+    try:
+        yield
+    except (FormatError, MemoryError):
+        raise
+    except Exception as fault:
+        raise Damaged(f"expected {what} ({type(fault).__name__}: {fault})", where) from fault

@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from likely.coding import fallback
 from likely.coding.described import DescribedCells
-from likely.coding.errors import Damaged, TooLarge
+from likely.coding.errors import Damaged, TooLarge, intact
 from likely.coding.stack import Stack
 from likely.contract import Model
 
@@ -30,6 +31,12 @@ _KEPT = 20
 _FEW = 256
 _LENGTHS = struct.Struct("<II")
 _ROUNDED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Embedding)
+#: Bytes that the description of a model may have.
+_DESCRIPTION = 1 << 22
+#: Functions that make tensors of a size that they are told, and what each tensor counts at least.
+_MAKERS = {"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "randperm", "zeros"}
+_MAKERS |= {"new_empty", "new_full", "new_ones", "new_zeros"}
+_LEAST = 256
 _TYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.int64, torch.bool)}
 _NUMPY = {"float64": "<f8", "float32": "<f4", "int64": "<i8", "bool": "u1"}
 
@@ -73,47 +80,48 @@ def pack(model: Model, describe: Describe, bits: int = 7) -> bytes:
     return b"".join([_LENGTHS.pack(len(text), len(about)), about, *streams])
 
 
-def unpack(packed: bytes, build: Build, most: int = 1 << 28) -> Model:
+def unpack(packed: bytes, build: Build) -> Model:
     """The model that :func:`pack` wrote.
+
+    Nothing is allocated that is out of proportion to the bytes that are there: 256 numbers a byte, and 2^22.
 
     Args:
         build: :func:`likely.models.build`.
-        most: numbers the model may have.
 
     Raises:
         Damaged: the bytes are not as they were written.
         TooLarge: they declare a larger model.
     """
-    rest = _Bytes(packed)
-    size, stored = _LENGTHS.unpack(rest.take(_LENGTHS.size))
-    if size > 1 << 22:
-        raise TooLarge("bytes of the model's description", size, 1 << 22)
-    try:
+    most = (1 << 22) + 256 * len(packed)
+    with intact("a model and its weights"):
+        rest = _Bytes(packed)
+        size, stored = _LENGTHS.unpack(rest.take(_LENGTHS.size))
+        if size > _DESCRIPTION:
+            raise TooLarge("bytes of the model's description", size, _DESCRIPTION)
         description, bits, entries = json.loads(fallback.decompress(rest.take(stored), size))
+        if not isinstance(bits, int) or not 2 <= bits <= 9:
+            raise Damaged(f"expected 2 to 9 bits a weight, got {bits}")
         declared = [(str(n), _TYPES[k], tuple(int(i) for i in shape), bool(whole)) for n, k, shape, whole in entries]
-    except (ValueError, TypeError, KeyError, RecursionError) as fault:
-        raise Damaged(f"expected the description of a model ({fault})") from None
-    numbers = sum(math.prod(shape) for _, _, shape, _ in declared)
-    if numbers > most or any(i < 0 for _, _, shape, _ in declared for i in shape):
-        raise TooLarge("numbers in the model", numbers, most, "max_model")
-    if not isinstance(bits, int) or not 2 <= bits <= 9:
-        raise Damaged(f"expected 2 to 9 bits a weight, got {bits}")
-    state: dict[str, Tensor] = {}
-    for name, kind, shape, whole in declared:
-        if whole:
-            state[name] = _unrounded(rest, shape, bits).to(kind)
-        else:
-            numpy = _NUMPY[str(kind).removeprefix("torch.")]
-            octets = _unplain(rest, math.prod(shape) * np.dtype(numpy).itemsize, np.dtype(numpy).itemsize)
-            state[name] = torch.from_numpy(np.frombuffer(octets, numpy).reshape(shape).copy()).to(kind)
-    rest.finish()
-    _check_size(description, state, most)
-    try:
-        model = build(description)
-        model.load_state_dict(state)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as fault:
-        raise Damaged(f"expected a model and its weights ({fault})") from None
+        numbers = sum(math.prod(shape) for _, _, shape, _ in declared)
+        if min((i for _, _, shape, _ in declared for i in shape), default=0) < 0 or numbers > most:
+            raise TooLarge("numbers in the model", numbers, most)
+        _check_numbers(description, max(4 * numbers, 1 << 24))
+        state = {name: _tensor(rest, kind, shape, whole, bits) for name, kind, shape, whole in declared}
+        rest.finish()
+        with torch.random.fork_rng(devices=[]):
+            with _Allowance(8 * numbers + (1 << 22)):
+                model = build(description)
+            model.load_state_dict(state)
     return model.eval()
+
+
+def _tensor(rest: _Bytes, kind: torch.dtype, shape: tuple[int, ...], whole: bool, bits: int) -> Tensor:
+    """The next tensor."""
+    if whole:
+        return _unrounded(rest, shape, bits).to(kind)
+    numpy = np.dtype(_NUMPY[str(kind).removeprefix("torch.")])
+    octets = _unplain(rest, math.prod(shape) * numpy.itemsize, numpy.itemsize)
+    return torch.from_numpy(np.frombuffer(octets, numpy).reshape(shape).copy()).to(kind)
 
 
 class _Bytes:
@@ -133,18 +141,55 @@ class _Bytes:
             raise Damaged(f"expected the end of the model, got {len(self._octets) - self._at} more bytes")
 
 
-def _check_size(description: Any, state: Mapping[str, Tensor], most: int) -> None:
-    """Refuse a description whose numbers do not fit the weights that came with it, before a model is made of it."""
-    largest = max([1 << 16, *(size for tensor in state.values() for size in tensor.shape)])
+def _check_numbers(description: Any, most: int) -> None:
+    """Refuse a description with a number, or a shape of so many cells, that no model of this size has."""
     left = [description]
     while left:
         node = left.pop()
         if isinstance(node, dict):
-            left += node.values()
+            left += [value for key, value in node.items() if key != "seed"]
+            shape = node.get("shape")
+            if isinstance(shape, list) and all(isinstance(size, int) for size in shape):
+                left.append(math.prod(shape))
         elif isinstance(node, list):
             left += node
-        elif isinstance(node, int | float) and abs(node) > 4 * largest and abs(node) > most:
-            raise TooLarge("a number in the model's description", int(min(abs(node), 1 << 62)), most)
+        elif isinstance(node, int) and abs(node) > most:
+            raise TooLarge("a number in the model's description", min(abs(node), 1 << 62), most)
+
+
+class _Allowance(TorchFunctionMode):
+    """Within the context tensors are made with so many elements in all, and not one more.
+
+    Each counts as some hundred elements at least, so that their number is limited too.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most, self._used = most, 0
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if name in _MAKERS:
+            self._used += max(_LEAST, _elements(name, [a for a in args if not isinstance(a, Tensor)], named))
+            if self._used > self._most:
+                raise TooLarge("numbers in the model", self._used, self._most)
+        return function(*args, **named)
+
+
+def _elements(name: str, given: Sequence[Any], named: Mapping[str, Any]) -> int:
+    """Elements of the tensor that a factory makes of these arguments, or more."""
+    if name in ("linspace", "logspace"):
+        return int(named.get("steps", given[2] if len(given) > 2 else 0))
+    if name == "arange":
+        ends = [*given[:2], *(named[key] for key in ("start", "end") if key in named)]
+        step = named.get("step", given[2] if len(given) > 2 else 1)
+        return math.ceil(abs(max(ends) - min([0, *ends])) / abs(step))
+    size = named.get("size", given[0] if given and isinstance(given[0], list | tuple) else given)
+    count = math.prod(int(i) for i in size if isinstance(i, int))
+    return count**2 if name == "eye" and len(given) == 1 else count
 
 
 def _shortened(values: Tensor) -> Tensor:
