@@ -326,8 +326,30 @@ def fuzz(
 ) -> tuple[Counter[tuple[str, str]], list[str]]:
     """Decode ``count`` mutants of ``data``: outcomes by (mutation, outcome), and a line for every forbidden one."""
 
+    armed = False
+
     def ring(*_: object) -> None:
-        raise _TooSlow
+        if armed:
+            raise _TooSlow
+
+    def attempt(mutant: bytes) -> str:
+        nonlocal armed
+        try:
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+                return "exact original" if decode(mutant) == original else "WRONG OUTPUT"
+            finally:
+                armed = False
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except FormatError as error:
+            return type(error).__name__
+        except _TooSlow:
+            return "TOO SLOW"
+        except MemoryError:
+            return "TOO MUCH MEMORY"
+        except Exception as error:
+            return f"UNNAMED {type(error).__name__}: {error}"
 
     original = decode(data)
     outcomes: Counter[tuple[str, str]] = Counter()
@@ -336,19 +358,7 @@ def fuzz(
     try:
         with memory_limit(memory):
             for number, (done, mutant) in zip(range(count), mutants(data, seed)):
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, seconds)
-                    outcome = "exact original" if decode(mutant) == original else "WRONG OUTPUT"
-                except FormatError as error:
-                    outcome = type(error).__name__
-                except _TooSlow:
-                    outcome = "TOO SLOW"
-                except MemoryError:
-                    outcome = "TOO MUCH MEMORY"
-                except Exception as error:
-                    outcome = f"UNNAMED {type(error).__name__}: {error}"
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
+                outcome = attempt(mutant)
                 outcomes[done, outcome] += 1
                 if outcome.split()[0].isupper():
                     faults.append(f"seed {seed}, mutant {number} ({done}): {outcome}")

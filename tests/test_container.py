@@ -562,7 +562,7 @@ def test_the_fuzzer_sees_what_it_looks_for() -> None:
             raise IndexError("list index out of range")
         return b"".join(chunk.payload for chunk in chunks)
 
-    outcomes, faults = fuzz(SMALL, forgetful, 600, seed=2, seconds=0.01)
+    outcomes, faults = fuzz(SMALL, forgetful, 600, seed=2, seconds=0.1)
     found = {outcome for _, outcome in outcomes}
     assert found >= {"WRONG OUTPUT", "TOO SLOW", "TOO MUCH MEMORY", "UNNAMED IndexError: list index out of range"}
     assert len(faults) == sum(n for (_, outcome), n in outcomes.items() if outcome.split()[0].isupper())

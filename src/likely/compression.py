@@ -207,12 +207,20 @@ def _fit_small(
         trained = not models.find(name).closed_form
         if trained and left < 5.0:
             continue
-        length = {"budget": left / (len(candidates) - number)} if trained else {}
+        if trained:
+            options = {**options, "budget": left / (len(candidates) - number)}
+        held_out = 0.05 if trained and original.n >= 100 else 0.0
         try:
             fitted = api.fit(
-                data, name, schema=schema, read=api._file_options(read), seed=seed, progress=False,
-                valid_fraction=0.05 if trained and original.n >= 100 else 0.0, **options, **length,
-            )  # fmt: skip
+                data,
+                name,
+                schema=schema,
+                read=api._file_options(read),
+                seed=seed,
+                valid_fraction=held_out,
+                progress=False,
+                **options,
+            )
             size = _estimate(fitted, original)
         except (NoCodec, Unsupported):
             continue

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from likely.data.errors import SupplyError
 
-class FormatError(ValueError):
+
+class FormatError(SupplyError):
     """A compressed file cannot be decoded.
 
     Args:

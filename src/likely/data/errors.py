@@ -11,6 +11,10 @@ class DataError(ValueError):
     """Something in the user's data is at fault; the message names the file, the row, the column and the value."""
 
 
+class SupplyError(ValueError):
+    """A fault of whoever hands rows to be put together; it passes through this package as it is."""
+
+
 def at(name: str, *, line: int | None = None, row: int | None = None, column: str | None = None) -> str:
     """The place of a fault as a user would look for it.
 

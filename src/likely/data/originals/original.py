@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from likely.data.errors import DataError
+from likely.data.errors import DataError, SupplyError
 from likely.data.sources import creating
 
 Exactness = Literal["bytes", "content"]
@@ -177,7 +177,7 @@ def intact(what: str) -> Iterator[None]:
     """Within the context facts that are not what they should be are damage, and named so."""
     try:
         yield
-    except DataError:
+    except (DataError, SupplyError):
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as fault:
         raise DataError(f"{what} is damaged: {type(fault).__name__}: {fault}") from None
