@@ -237,6 +237,31 @@ def test_muon_equals_torchs(adjust: str, precision: str, monkeypatch: pytest.Mon
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+# Eigenbases and roots -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("scale", [1e-12, 1e-4, 1e4])
+def test_eigenbases_of_matrices_of_low_rank_with_empty_rows(seed: int, scale: float) -> None:
+    """As of the gradient of a layer that sees dark pixels: most of LAPACK's float32 eigenvectors may be NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(300, 40, generator=generator) * torch.logspace(0, -18, 300)[:, None]
+    x[::3] = 0
+    p = scale * (x @ x.mT)[None]
+    q = matrices.eigenbasis(p)[0].double()
+    torch.testing.assert_close(q.mT @ q, torch.eye(300).double(), rtol=0, atol=1e-4)
+    turned = q.mT @ p[0].double() @ q
+    off = turned - torch.diag(torch.diag(turned))
+    assert off.abs().max() <= 1e-4 * turned.abs().max()
+    assert (torch.diag(turned).diff() <= 1e-4 * turned.abs().max()).all()
+
+
+def test_what_is_not_finite_gives_nan_and_no_error() -> None:
+    p = torch.full((1, 3, 3), math.inf)
+    assert matrices.eigenbasis(p).isnan().all()
+    assert matrices.matrix_power(p, -0.25, 0.0).isnan().all()
+
+
 # Orthogonalisation --------------------------------------------------------------------------------------------
 
 

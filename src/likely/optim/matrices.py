@@ -229,12 +229,22 @@ def power_qr(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _eigh(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, in double precision where the solver fails in single."""
+    """Eigenvalues and eigenvectors, in double precision where the solver fails in single; NaN for what is not finite.
+
+    On matrices of low rank with small entries LAPACK's float32 solver may give NaN without an error: p is scaled, and
+    what comes out is looked at.
+    """
+    scale = p.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+    if not scale.isfinite().all():  # whoever trains will look for the cause in the weights
+        return torch.full_like(p[:, 0], math.nan), torch.full_like(p, math.nan)
     try:
-        values, vectors = torch.linalg.eigh(p)
+        values, vectors = torch.linalg.eigh(p / scale)
+        fine = bool(vectors.isfinite().all())
     except torch.linalg.LinAlgError:
-        values, vectors = (x.to(p.dtype) for x in torch.linalg.eigh(p.double()))
-    return values, vectors
+        fine = False
+    if not fine:
+        values, vectors = (x.to(p.dtype) for x in torch.linalg.eigh((p / scale).double()))
+    return values * scale[:, :, 0], vectors
 
 
 # --------------------------------------------------------------------------------------------------------------
