@@ -38,7 +38,7 @@ class ExactProduct:
 
     def __init__(self, coefficients: Floats, largest: float) -> None:
         inputs = max(1, coefficients.shape[1])
-        bits = 52 - math.ceil(math.log2(inputs * max(1.0, largest)))
+        bits = 52 - math.frexp(inputs * max(1.0, largest))[1]
         if bits < 8:
             raise ValueError(f"coefficients: expected sums of {inputs} numbers up to {largest} to leave 8 bits of 52")
         exponent = np.frexp(np.abs(coefficients).max(1, initial=0.0))[1]
