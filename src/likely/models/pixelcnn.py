@@ -12,7 +12,7 @@ what lossless compression wants: small, fast to train on patches of random posit
 for a whole batch without computing anything twice.  ``stages`` > 1 stacks causal convolutions and widens the field.
 
 A pixel is predicted relative to its western neighbour w: the patch enters as δ = (u − u_w) / d, with d the deviation
-of such differences in the training data, and u_w itself in the neighbour's own place.  The network's outputs are in units
+of such differences in the training data, and u_w itself in the neighbour's own place.  What leaves it is in units
 of d: μ_ci = r_c + d_c μ̂_ci and log s_ci = log d_c + output, with the reference r = u_w + d W δ that the means share.
 """
 
