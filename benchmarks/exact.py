@@ -190,10 +190,10 @@ def losses(steps: int) -> tuple[str, list[dict[str, Any]]]:
             {"latent_dim": 40},
             lambda images: torch.from_numpy((images > 127).reshape(len(images), -1).astype(np.float32)),
         ),
-        "convolutions, grey": (
-            Integers((1, size, size), 256),
+        "convolutions, 16 levels": (
+            Integers((1, size, size), 16),
             {"latent_dim": 32, "network": "conv", "hidden": (16, 32, 128)},
-            lambda images: torch.from_numpy(images.astype(np.float32)).unsqueeze(1),
+            lambda images: torch.from_numpy((images // 16).astype(np.float32)).unsqueeze(1),
         ),
     }
     rows = []

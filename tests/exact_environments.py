@@ -28,12 +28,13 @@ class Transformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(11, 32)
-        self.layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.output = nn.Linear(32, 11)
 
     def forward(self, x: Tensor) -> Tensor:
         mask = torch.triu(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device), 1)
-        return self.output(self.layer(self.embedding(x.long()), src_mask=mask))
+        return self.output(self.layers(self.embedding(x.long()), mask))
 
 
 class Head(nn.Module):

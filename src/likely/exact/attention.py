@@ -20,9 +20,9 @@ _SHARES = {torch.float32: 2.0**15, torch.float64: 2.0**31}
 @functools.cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """e⁻ᵗ for t on a grid of 2⁻¹⁶ up to 32, as a product of two entries: of t in steps of 2⁻⁸, and of the rest."""
-    coarse = torch.arange(32 * 256 + 1, dtype=torch.float64, device=device) * -(2.0**-8)
-    fine = torch.arange(256, dtype=torch.float64, device=device) * -(2.0**-16)
-    return functions.exp(coarse).float(), functions.exp(fine).float()
+    coarse = torch.arange(32 * 256 + 1, dtype=torch.float64) * -(2.0**-8)
+    fine = torch.arange(256, dtype=torch.float64) * -(2.0**-16)
+    return functions.exp(coarse).float().to(device), functions.exp(fine).float().to(device)
 
 
 def exponentials(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +175,9 @@ class MultiheadAttention(Rule):
         if need_weights:
             shown = torch.round(weights.double() / total.clamp(min=1.0) * 2.0**24) * 2.0**-24
             shown = (
-                shown.sum(1) / torch.full((), float(self.heads), dtype=torch.float64) if average_attn_weights else shown
+                shown.sum(1) / torch.full((), float(self.heads), dtype=torch.float64, device=shown.device)
+                if average_attn_weights
+                else shown
             )
             shown = shown.to(self.profile.dtype)
         return (y if self.batch_first else y.transpose(0, 1)), shown

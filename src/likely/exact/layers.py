@@ -65,6 +65,10 @@ class Certified(nn.Module):
         """Put x into ``out`` as whole numbers up to the limit, and return their scales."""
         return whole_activations(x, self.limit, self.axes, out)[1]
 
+    def probe_input(self) -> Tensor:
+        """The whole numbers on which the product is probed, as an input of the layer."""
+        return self.product.probe_input().to(self.scale)
+
     def enter(self, x: Tensor) -> Tensor:
         """x in the profile's dtype and in the shape that the product takes."""
         raise NotImplementedError
@@ -142,6 +146,11 @@ class Chain(Rule):
                     found.append(following.whole(values, values))
             whole, peak = sums, _joined(found, peak)
         return self._steps[-1][0].leave(whole, x)
+
+    def probe_input(self) -> Tensor:
+        """Whole numbers for the first layer, on which the probe looks at all of the chain."""
+        first: Certified = self.layers[0]  # type: ignore[assignment]
+        return first.probe_input()
 
     def _begin(self, x: Tensor, first: Certified) -> tuple[Tensor, Tensor]:
         """Whole numbers for the first product, and their scales."""
@@ -224,6 +233,10 @@ class Convolution(Certified):
         bias = None if layer.bias is None else layer.bias.reshape(-1, 1, 1)
         super().__init__(Product(weight, kind, profile, geometry), scale.reshape(-1, 1, 1), bias, profile)
         self.dims, self.border = len(layer.kernel_size), border
+
+    def probe_input(self) -> Tensor:
+        x = super().probe_input()
+        return x[:, :, 0] if self.dims == 1 else x
 
     def follows(self, other: Certified) -> bool:
         return isinstance(other, Convolution) and other.dims == self.dims and not any(self.border.sizes)

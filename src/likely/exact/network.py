@@ -77,12 +77,12 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _probed(module: nn.Module, device: torch.device) -> Iterator[Tensor]:
-    """What the probe sees of one module: sums, then values after scales and bias; or an activation's values."""
+    """What the probe sees of one module: sums, and values after scales, biases and activations."""
     if isinstance(module, Product):
         yield module(module.probe_input().to(device, module.profile.dtype))
     elif isinstance(module, BatchedProduct):
         yield module(*(x.to(device, module.profile.dtype) for x in module.probe_input()))
-    elif isinstance(module, Activation):
+    elif isinstance(module, Chain | Activation):
         yield module(module.probe_input())
 
 

@@ -169,8 +169,24 @@ def _encoder_layer(
     return self.norm2(x + fed(x))
 
 
+def _encoder_layers(
+    self: Any,
+    src: Tensor,
+    mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Tensor:
+    """What ``nn.TransformerEncoder`` computes, likewise."""
+    for layer in self.layers:
+        src = layer(src, mask, src_key_padding_mask)
+    return src if self.norm is None else self.norm(src)
+
+
 #: The ``forward`` of composites of PyTorch whose own does more than call their layers.
-FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {nn.TransformerEncoderLayer: _encoder_layer}
+FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.TransformerEncoderLayer: _encoder_layer,
+    nn.TransformerEncoder: _encoder_layers,
+}
 
 # Functions ----------------------------------------------------------------------------------------------------------
 
@@ -342,7 +358,8 @@ def allowed(function: Callable[..., Any], args: tuple[Any, ...], named: dict[str
         divisor = args[1] if len(args) > 1 else named.get("other")
         if reflected or not isinstance(divisor, Tensor | int | float) or named.get("rounding_mode"):
             return "divides a number by a tensor: a reciprocal and a product; divide torch.full_like(x, number) by x"
-        if not isinstance(divisor, Tensor) and (divisor == 0 or math.frexp(abs(divisor))[0] != 0.5):
+        number = not isinstance(divisor, Tensor) or divisor.device != args[0].device  # a scalar of the processor is one
+        if number and (divisor == 0 or math.frexp(abs(float(divisor)))[0] != 0.5):
             return "divides by a Python number, which some devices do by its reciprocal; divide by a tensor or multiply"
         return None
     if name in _SUMS:
