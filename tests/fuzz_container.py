@@ -31,7 +31,8 @@ from typing import Any
 
 from likely.coding.container import Limits, Reader, content_digest
 from likely.coding.errors import FormatError
-from likely.coding.fallback import decompress
+from likely.coding.fallback import compress, decompress
+from likely.data import DataError
 
 PAGE = Path(__file__).parent.parent / "docs" / "format.md"
 Forged = int | bytes  # a number, or the very bytes to write in its place
@@ -238,10 +239,12 @@ def forge_frame(rng: random.Random, parts: Parts) -> None:
         parts.forged[key] = forge(rng, 100, 32)
 
 
+STRANGE = [None, True, -1, 0, 1 << 62, 1 << 64, 10**400, 0.5, 1e308, "", "x" * 1000, [], {}, [[[]]], "\ud800"]
+
+
 def edit_header(rng: random.Random, parts: Parts) -> None:
     """Another header in JSON, or something like it."""
     header = json.loads(parts.header)
-    strange = [None, True, -1, 0, 1 << 62, 1 << 64, 10**400, 0.5, 1e308, "", "x" * 1000, [], {}, [[[]]], "\ud800"]
     how = rng.choice(["change", "change", "remove", "add", "text", "deep", "junk"])
     path: Any = header
     while how == "change" and isinstance(path, dict) and path:
@@ -250,12 +253,12 @@ def edit_header(rng: random.Random, parts: Parts) -> None:
             path = path[key]
             continue
         old = path[key]
-        path[key] = forge(rng, abs(old), 62) if type(old) is int and rng.random() < 0.5 else rng.choice(strange)
+        path[key] = forge(rng, abs(old), 62) if type(old) is int and rng.random() < 0.5 else rng.choice(STRANGE)
         break
     if how == "remove" and header:
         del header[rng.choice(sorted(header))]
     if how == "add":
-        header["added"] = rng.choice(strange)
+        header["added"] = rng.choice(STRANGE)
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     if how == "text":
         mutate = rng.choice([flip_bits, truncate, extend, delete_slice, copy_slice, overwrite])
@@ -272,6 +275,53 @@ def edit_header(rng: random.Random, parts: Parts) -> None:
         parts.size = len(text)
 
 
+def edit_content(rng: random.Random, parts: Parts) -> None:
+    """Other JSON in a chunk that holds some, under generic compression, with sizes and digests as they have to be."""
+    chunk = rng.choice([chunk for chunk in parts.chunks if chunk["kind"] in OF_CONTENT])
+    if chunk["kind"] != "model":
+        content = edit_json(rng, decompress(chunk["payload"], chunk["raw_size"]))
+        chunk["payload"] = compress(content)
+    else:  # a model begins with its description, after the description's size and its packed size
+        size, stored = struct.unpack_from("<II", chunk["payload"])
+        text = edit_json(rng, decompress(chunk["payload"][8 : 8 + stored], size))
+        packed = compress(text)
+        content = struct.pack("<II", len(text), len(packed)) + packed + chunk["payload"][8 + stored :]
+        chunk["payload"] = content
+    chunk["raw_size"], chunk["digest"] = len(content), content_digest(content)
+
+
+def edit_json(rng: random.Random, text: bytes) -> bytes:
+    """The text with one value in it replaced, removed or doubled, or with damage to its letters."""
+    if rng.random() < 0.2:
+        return rng.choice([flip_bits, truncate, extend, delete_slice, copy_slice, overwrite])(rng, text)
+    value = json.loads(text)
+    places: list[tuple[Any, Any]] = []
+    left = [value]
+    while left:
+        node = left.pop()
+        if isinstance(node, dict | list):
+            places += [(node, key) for key in (node if isinstance(node, dict) else range(len(node)))]
+            left += node.values() if isinstance(node, dict) else node
+    node, key = rng.choice(places)
+    old = node[key]
+    how = rng.choice(["strange", "strange", "other", "number", "number", "remove", "double"])
+    if how == "remove":
+        del node[key]
+    elif how == "double":
+        node[key] = [old, old] if isinstance(node, dict) else old
+        if isinstance(node, list):
+            node.insert(key, old)
+    elif how == "number" and isinstance(old, int | float):
+        node[key] = rng.choice([forge(rng, abs(int(old)), 62), -old, old + 0.5, old + 1, 1e300])
+    elif how == "other":
+        node[key] = copy.deepcopy(rng.choice(places)[0])
+    else:
+        node[key] = rng.choice(STRANGE)
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+#: Kinds of chunks that hold JSON.
+OF_CONTENT = ("schema", "head", "model")
 OF_BYTES = [flip_bits, flip_bits, truncate, extend, delete_slice, copy_slice, overwrite]
 OF_STRUCTURE = [forge_chunk, forge_chunk, damage_payload, shuffle_chunks, forge_frame, edit_header]
 
@@ -280,12 +330,14 @@ def mutants(data: bytes, seed: int = 0) -> Iterator[tuple[str, bytes]]:
     """Mutants of an intact file without end, and what was done to each."""
     rng = random.Random(seed)
     parts = parse(data)
+    says = any(chunk["kind"] in OF_CONTENT for chunk in parts.chunks)
+    kinds_of_structure = OF_STRUCTURE + [edit_content] * 2 * says
     while True:
         if rng.random() < 0.5:
             of_bytes = rng.choice(OF_BYTES)
             mutant, done = of_bytes(rng, data), of_bytes.__name__
         else:
-            of_structure = rng.choice(OF_STRUCTURE)
+            of_structure = rng.choice(kinds_of_structure)
             changed = copy.deepcopy(parts)
             of_structure(rng, changed)
             mutant, done = assemble(changed), of_structure.__name__
@@ -342,7 +394,7 @@ def fuzz(
             finally:
                 armed = False
                 signal.setitimer(signal.ITIMER_REAL, 0)
-        except FormatError as error:
+        except (FormatError, DataError) as error:
             return type(error).__name__
         except _TooSlow:
             return "TOO SLOW"
