@@ -31,8 +31,9 @@ from likely.coding.normals import FactorInnovations
 from likely.contract import Binary, Column, Counts, Integers, Model, Reals, Space, Table
 from likely.data.dataset import Dataset
 from likely.data.preprocessing import Dequantise, Logit, Preprocessed, Standardise
+from likely.distributions import logistic
 from likely.distributions.counts import NegativeBinomial
-from likely.distributions.logistic import DiscretizedLogisticMixture, GridLogisticMixture
+from likely.distributions.logistic import GridLogisticMixture
 from likely.distributions.normal import Normal
 from likely.models.gaussian import Gaussian, _Full
 from likely.models.independent import Independent
@@ -428,8 +429,8 @@ MUTANTS = [
     Mutant(
         "last level without its tail",
         contract("importance_weights", partial(VAE, IMAGE, latent_dim=2, hidden=(4,), likelihood="logistic")),
-        DiscretizedLogisticMixture,
-        "log_prob",
+        logistic,
+        "log_level",
         "torch.where(last, 0.0, F.logsigmoid(upper))",
         "F.logsigmoid(upper)",
     ),

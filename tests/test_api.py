@@ -11,7 +11,7 @@ import torch
 
 import likely
 from likely.contract import Unsupported
-from likely.models import names
+from likely.models import find, names
 
 QUICK = {"steps": 60, "hidden": (16,), "latent_dim": 2, "progress": False}
 
@@ -243,8 +243,8 @@ def test_damaged_and_foreign_runs_are_refused(tmp_path) -> None:  # type: ignore
 
 @pytest.mark.parametrize("model", names())
 def test_every_model_saves_and_loads(model: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    options = QUICK if model == "vae" else {"progress": False}
-    fitted = likely.fit("digits", model, test_fraction=0.5, **options)
+    length = {} if find(model).closed_form else {"steps": 20}
+    fitted = likely.fit("digits", model, test_fraction=0.5, progress=False, **length)
     fitted.save(tmp_path / "run")
     again = likely.load(tmp_path / "run")
     digits = fitted.sample(10, seed=0)

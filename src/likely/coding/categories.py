@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -214,7 +213,7 @@ class TabulatedCells(Cells):
         if len(table) > 1:
             self._which = self._select(np.broadcast_to(chosen, self.shape))
         # Symbol at the low end of every bucket of the range, to narrow the search down.
-        bits = min(self.precision, max(4, int(math.log2((1 << 20) // len(table)))))
+        bits = min(self.precision, max(4, ((1 << 20) // len(table)).bit_length() - 1))
         self._shift = np.uint64(self.precision - bits)
         buckets = np.arange((1 << bits) + 1) << (self.precision - bits)
         buckets[-1] -= 1

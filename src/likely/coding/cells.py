@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from likely.coding.codec import flat
 from likely.coding.stack import Integers, Stack, Unsigned
+from likely.units import bits
 
 Mask: TypeAlias = NDArray[np.bool_]
 Floats: TypeAlias = NDArray[np.float64]
@@ -47,7 +48,7 @@ class Interval:
         stack.push(self.start, self.freq, self.precision)
 
     def bits(self) -> Floats:
-        return self.precision - np.log2(self.freq.astype(np.float64))
+        return self.precision - bits(np.log(self.freq.astype(np.float64)))
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Share:
         stack.push_uniform(self.values, self.sizes)
 
     def bits(self) -> Floats:
-        return np.broadcast_to(np.log2(np.asarray(self.sizes, np.float64)), self.values.shape)
+        return np.broadcast_to(bits(np.log(np.asarray(self.sizes, np.float64))), self.values.shape)
 
 
 Step: TypeAlias = Interval | Share

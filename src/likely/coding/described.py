@@ -16,6 +16,7 @@ from likely.coding.cells import CellCodec, Integers, elias_pop, elias_steps
 from likely.coding.codec import Uniform, flat
 from likely.coding.counts import NegativeBinomialCells
 from likely.coding.stack import Stack
+from likely.units import bits, nats
 
 #: More distinct patterns than this are never kept in a table.
 MOST_PATTERNS = 1 << 12
@@ -74,8 +75,8 @@ class DescribedCells:
         return TabulatedCells(edges_of(limited if limited.any() else limited + 1)[None], 0, (self._size,))
 
     def _counts_law(self) -> CellCodec:
-        log_mean = np.full(self.levels - 1, math.frexp(self._size / self.levels)[1] * 0.6931471805599453)
-        return NegativeBinomialCells(log_mean, np.full(self.levels - 1, -0.6931471805599453))
+        log_mean = np.full(self.levels - 1, nats(math.frexp(self._size / self.levels)[1]))
+        return NegativeBinomialCells(log_mean, np.full(self.levels - 1, nats(-1.0)))
 
 
 class PatternCells:
@@ -152,7 +153,7 @@ class PatternCells:
 
     def _column_bits(self, mask: NDArray[np.bool_]) -> float:
         law = self._columns(mask.sum(0)).lengths(mask.astype(np.int64))
-        return float(law.sum()) + self.shape[1] * math.log2(self.shape[0] + 1)
+        return float(law.sum()) + self.shape[1] * bits(math.log(self.shape[0] + 1))
 
     def _columns(self, ones: Integers) -> CellCodec:
         zeros = self.shape[0] - ones
