@@ -335,7 +335,7 @@ def plain_name(function: Callable[..., Any]) -> str:
     """The name of a function of PyTorch without underscores and the letters of in-place and reflected forms.
 
     >>> [plain_name(f) for f in (torch.add, Tensor.add_, Tensor.__iadd__, Tensor.__rsub__)]
-    ['add', 'add', 'add', 'sub']
+    ['add', 'add', 'add', 'rsub']
     """
     name = getattr(function, "__name__", str(function))
     if name.startswith("__") and name.endswith("__"):
