@@ -227,8 +227,15 @@ def test_exact32_is_what_numpy_makes_of_the_rules() -> None:
 
     def layer(weight: Tensor, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         w = weight.detach().numpy().astype(np.float64)
-        of_w = (abs(w).max(1, keepdims=True) / 255.0).astype(np.float32)
-        whole_w = np.rint(w / of_w).astype(np.int64)
+
+        def rounded(largest: int) -> tuple[np.ndarray, np.ndarray]:
+            of_w = (abs(w).max(1, keepdims=True) / largest).astype(np.float32)
+            return np.rint(w / of_w).astype(np.int64), of_w
+
+        heaviest = abs(rounded(255)[0]).sum(1).max()
+        sizes = [2047, 1023, 511]  # the finest whose square leaves room for activations of the same size, or else 255
+        fits = [largest for largest in sizes if largest**2 * int(heaviest) <= (2**24 - 1) * 255]
+        whole_w, of_w = rounded(fits[0] if fits else 255)
         limit = np.float32(min((2**24 - 1) // abs(whole_w).sum(1).max(), 2047))
         peak = abs(values).max(1, keepdims=True)
         whole = np.rint(values * (limit / peak)).astype(np.int64)

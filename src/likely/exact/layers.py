@@ -17,15 +17,26 @@ from likely.exact.profiles import SMALLEST, Profile, Rule, Uncovered, parts, pea
 def whole_weights(weight: Tensor, profile: Profile, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Weights as whole numbers (int64), and the scale of each row: weight ≈ whole · scale.
 
+    The room below the largest sum is shared evenly between weights and activations, as far as the profile's limits
+    allow: rows of few inputs get finer weights, up to eight times.
+
     Args:
         axes: the axes of one row, over which it is summed; kept in the scale with size 1.
     """
     weight = weight.detach().cpu().double()
-    scale = (peaks(weight, axes) / torch.tensor(float(profile.largest_weight), dtype=torch.float64)).clamp_(
-        min=SMALLEST
-    )
-    scale = scale.to(profile.dtype)
-    return torch.round(weight / scale.double()).long(), scale
+    peak = peaks(weight, axes)
+
+    def rounded(largest: int) -> tuple[Tensor, Tensor]:
+        scale = (peak / torch.tensor(float(largest), dtype=torch.float64)).clamp_(min=SMALLEST).to(profile.dtype)
+        return torch.round(weight / scale.double()).long(), scale
+
+    largest = profile.largest_weight
+    whole, scale = rounded(largest)
+    heaviest = int(whole.abs().sum(axes).max()) if whole.numel() else 0  # a sum of whole numbers, so that all agree
+    finer = largest
+    while finer < profile.finest_weight and (2 * finer + 1) ** 2 * heaviest <= profile.largest_sum * largest:
+        finer = 2 * finer + 1
+    return (whole, scale) if finer == largest else rounded(finer)
 
 
 def whole_activations(

@@ -27,7 +27,8 @@ class Profile:
     Args:
         name: ``exact32`` or ``exact64``.
         dtype: the float type that holds the integers, and that values between the layers have.
-        largest_weight: weights are rounded to whole numbers up to this, a scale a row.
+        largest_weight: weights are rounded to whole numbers up to this, a scale a row,
+        finest_weight: or up to this, in layers whose rows are short enough.
         largest_activation: activations are rounded to at most this, a scale an example.
         largest_sum: all sums of products up to this are exact in ``dtype``.
         least_activation: a layer whose certificate allows less is cut into blocks of its inputs.
@@ -36,17 +37,18 @@ class Profile:
     name: str
     dtype: torch.dtype
     largest_weight: int
+    finest_weight: int
     largest_activation: int
     largest_sum: int
     least_activation: int
 
 
-#: By name.  Weights of 9 bits; sums below 2²⁴ in float32.  Weights of 21 bits; sums below 2⁵³ in float64.
+#: By name.  Weights of 9 to 12 bits; sums below 2²⁴ in float32.  Weights of 21 bits; sums below 2⁵³ in float64.
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("exact32", torch.float32, 255, 2047, 2**24 - 1, 64),
-        Profile("exact64", torch.float64, 2**20 - 1, 2**20, 2**53 - 1, 2**12),
+        Profile("exact32", torch.float32, 255, 2047, 2047, 2**24 - 1, 64),
+        Profile("exact64", torch.float64, 2**20 - 1, 2**20 - 1, 2**20, 2**53 - 1, 2**12),
     )
 }
 
