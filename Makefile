@@ -6,12 +6,14 @@ READY := $(VENV)/ready
 
 .PHONY: demo test lint types tests mutants clean
 
-demo: $(READY)  ## fit a VAE to scikit-learn's digits, compare it, draw samples and write a report
+demo: $(READY)  ## fit a VAE to scikit-learn's digits, compare it, draw samples, write a report, compress
 	$(BIN)/likely fit digits --model vae --out demo/run --test-fraction 0.2 --steps 2000 --overwrite dropout=0.1
 	$(BIN)/likely evaluate demo/run --samples 100
 	$(BIN)/likely sample demo/run -n 64 --seed 0 -o demo/samples.npz
 	$(BIN)/likely report demo/run -o demo/report.html
-	@echo "Samples: demo/samples.npz   Report: demo/report.html"
+	$(BIN)/likely compress demo/run digits -o demo/digits.lk
+	$(BIN)/likely decompress demo/digits.lk -o demo/again.npy
+	@echo "Samples: demo/samples.npz   Report: demo/report.html   All digits, compressed: demo/digits.lk"
 
 test: lint types tests  ## everything that continuous integration runs
 
