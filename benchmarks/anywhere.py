@@ -1,0 +1,187 @@
+"""One file, decoded anywhere: other threads, batches, instruction sets, libraries, versions, processors.
+
+    python benchmarks/anywhere.py --out benchmarks/results/anywhere \\
+        --python "torch 2.11.0, numpy 1.26.4=/path/to/bin/python" \\
+        --python "aarch64=env PYTHONPATH=/packages qemu-aarch64-static -L /root /root/usr/bin/python3.11"
+
+Files of every family are written here (``tests/archive_cases.py``), with the model in the file; then each is decoded
+in a process of its own for every setting (``tests/decode_elsewhere.py``).  *Back* means that the bytes of the original
+came back.  Also compared, for the vaes, are all numbers that posterior and decoder give for 1000 fixed inputs, with
+those that they gave where the files were written.  The control are files written and read with the same networks in
+plain float32, all else being equal.  ``--python NAME=COMMAND`` adds an interpreter with torch, numpy and safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+import archive_cases
+import decode_elsewhere
+from turns import machine, versions
+
+ROOT = Path(__file__).parent.parent
+FLOAT = ("vae-binary", "vae-image", "vae-table", "vae-counts", "vae-tokens")
+#: Settings that a process gets from its environment.
+ENVIRONMENTS: dict[str, dict[str, list[str]]] = {
+    "ONEDNN_MAX_CPU_ISA": {
+        "x86_64": ["SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16"]
+    },
+    "ATEN_CPU_CAPABILITY": {"x86_64": ["default", "avx2", "avx512"]},
+    "MKL_CBWR": {"x86_64": ["COMPATIBLE", "SSE4_2", "AVX2", "AVX512"]},
+    "MKL_ENABLE_INSTRUCTIONS": {"x86_64": ["SSE4_2", "AVX2"]},
+    "OPENBLAS_CORETYPE": {"x86_64": ["Nehalem", "Haswell", "SkylakeX"]},
+    "NPY_DISABLE_CPU_FEATURES": {
+        "x86_64": ["AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR", "AVX2 FMA3"]
+    },
+}
+
+
+def settings(pythons: list[str]) -> Iterator[tuple[str, list[str], dict[str, str], list[str]]]:
+    """Name, interpreter, environment and settings inside the process, of every process."""
+    yield "", [sys.executable], {}, list(decode_elsewhere.SETTINGS)
+    for variable, values in ENVIRONMENTS.items():
+        for value in values.get(os.uname().machine, []):
+            said = f"{variable}={value.split()[0]}" + (" and later" if value.startswith("AVX512F") else "")
+            yield said, [sys.executable], {variable: value}, ["plain"]
+    for given in pythons:
+        name, _, command = given.partition("=")
+        yield name, shlex.split(command), {}, ["plain"]
+
+
+def write(folder: Path) -> dict[str, str]:
+    """All files, and what the networks give; digests of the originals by name."""
+    digests = {}
+    for name in archive_cases.CASES:
+        for native in (False, True):
+            if native and name not in FLOAT:
+                continue
+            with tempfile.TemporaryDirectory() as data, decode_elsewhere.setting("plain", native):
+                made = archive_cases.make(name, Path(data))
+                file = folder / (f"{name}.float" if native else name)
+                file.with_name(f"{file.name}.lk").write_bytes(made.embedded)
+                numbers = decode_elsewhere.outputs(made.embedded)
+                if numbers is not None:
+                    np.savez(folder / f"{file.name}.npz", outputs=numbers)
+            digests[file.name] = archive_cases.digest(made.original)
+    return digests
+
+
+def run(folder: Path, pythons: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Setting and findings, one after another."""
+    for name, command, environment, inside in settings(pythons):
+        path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+        own = [part.partition("=")[2] for part in command if part.startswith("PYTHONPATH=")]
+        command = [part if not part.startswith("PYTHONPATH=") else f"{part}{os.pathsep}{path}" for part in command]
+        start = time.perf_counter()
+        done = subprocess.run(
+            [*command, str(ROOT / "tests" / "decode_elsewhere.py"), str(folder), *inside],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment, **({} if own else {"PYTHONPATH": path}), "OMP_NUM_THREADS": "2"},
+        )
+        seconds = time.perf_counter() - start
+        try:
+            found = json.loads(done.stdout.splitlines()[-1])
+        except (IndexError, ValueError):
+            print(f"{name}: {done.stderr[-500:]}", file=sys.stderr)
+            yield name, {"failed": done.stderr.splitlines()[-1:]}
+            continue
+        versions = {key: found.pop(key) for key in ("machine", "torch", "numpy", "python")}
+        for setting, findings in found.items():
+            both = ", ".join(part for part in (name, setting) if part not in ("", "plain"))
+            yield both or "as written", {**versions, "seconds": seconds, "findings": findings}
+            print(both or "as written", f"{seconds:.0f} s", file=sys.stderr)
+
+
+def summary(findings: dict[str, Any], digests: dict[str, str], native: bool) -> tuple[str, str, str]:
+    """How many files came back, which did not, and the share of outputs that are other numbers."""
+    names = [name for name in digests if name.endswith(".float") == native]
+    lost = [f"{name.removesuffix('.float')} ({findings[name]})" for name in names if findings[name] != digests[name]]
+    lost = [line if len(line) < 60 else f"{line.split()[0]} (OTHER BYTES)" for line in lost]
+    shares = [findings[f"{name} outputs"] for name in names if f"{name} outputs" in findings]
+    return (
+        f"{len(names) - len(lost)} of {len(names)}",
+        ", ".join(lost),
+        f"{100 * max(shares):.1f} %" if any(shares) else "0",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", action="append", default=[], help="NAME=COMMAND of a further interpreter")
+    parser.add_argument("--out", type=Path, help="path of the results, without suffix")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        digests = write(folder)
+        sizes = {file.stem: file.stat().st_size for file in sorted(folder.glob("*.lk"))}
+        for setting, found in run(folder, options.python):
+            rows[setting] = found
+            report(options, rows, digests, sizes)
+
+
+def report(options: argparse.Namespace, rows: dict[str, Any], digests: dict[str, str], sizes: dict[str, int]) -> None:
+    """Write the record and the table."""
+    lines = [
+        "| setting | exact: files back | other outputs | float32: files back | other outputs | lost in float32 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for setting, row in rows.items():
+        if "findings" not in row:
+            lines.append(f"| {setting} | did not run | | | | |")
+            continue
+        back, lost, other = summary(row["findings"], digests, False)
+        back_float, lost_float, other_float = summary(row["findings"], digests, True)
+        back = back + (f": {lost}" if lost else "")
+        lines.append(f"| {setting} | {back} | {other} | {back_float} | {other_float} | {lost_float} |")
+    interpreters = " ".join(f'--python "{given.partition("=")[0]}=…"' for given in options.python)
+    command = f"python benchmarks/anywhere.py {interpreters}".strip()
+    record = {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "files": {name: {"bytes": sizes[name], "original": digests[name]} for name in digests},
+        "settings": rows,
+    }
+    text = [
+        "# Decoded anywhere",
+        "",
+        "*Files back*: how many decode to the bytes of the original.  *Other outputs*: the largest share, over the "
+        "vaes, of the numbers of posterior and decoder that are not, to the bit, those of the writing process.",
+        "",
+        *lines,
+        "",
+        f"Files: {', '.join(f'{name} {size:,} B' for name, size in sizes.items() if not name.endswith('.float'))}.",
+        "",
+        f"`{command}`; {record['machine']}; {record['versions']}; {record['date']}.",
+        "",
+    ]
+    if options.out is None:
+        print("\n".join(lines))
+        return
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    options.out.with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Hostile files: mutants of small ``.lk`` files of every family, decoded under limits of memory and time.
+
+    python benchmarks/fuzz.py --count 100000 --out benchmarks/results/fuzz
+
+Half of the mutants are made of the bytes, half of the structure with all checksums made anew (see
+``tests/fuzz_container.py``).  Each is decoded in this process, by the model in it or by a given one.  Every outcome
+must be an error with a name or the exact original: never another output, another exception, more memory than the limit
+or more than a minute.  The table is written anew after every part, so that what was done is on record if the run ends
+early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import tempfile
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+import archive_cases
+import fuzz_container
+from turns import machine, versions
+
+MEMORY, SECONDS, PART = 256 << 20, 60.0, 1000
+#: Of each hundred mutants; files that decode quickly get more.
+SHARES = {
+    "independent-table": 24,
+    "gaussian-table": 24,
+    "mixture-table": 18,
+    "independent-counts": 6,
+    "mixture-binary": 4,
+    "vae-tokens": 6,
+    "vae-counts": 6,
+    "vae-binary": 4,
+    "vae-table": 4,
+    "vae-image": 3,
+    "pixelcnn-image": 1,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=100_000, help="mutants in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="path of the results, without suffix")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        made = {name: archive_cases.make(name, Path(folder)) for name in SHARES}
+    outcomes: Counter[tuple[str, str]] = Counter()
+    by_file: Counter[str] = Counter()
+    faults: list[str] = []
+    rounds = max(1, options.count // (100 * PART))
+    for number in range(rounds * 100):
+        part = number % 100
+        name = next(n for n, end in _ends() if part < end)
+        case = made[name]
+        embedded = number % 3 != 2
+        data = case.embedded if embedded else case.bare
+        decode = archive_cases.decode
+        if not embedded:
+            decode = functools.partial(decode, model=case.model, schema=case.schema)
+        seed = options.seed + number
+        count = options.count // (rounds * 100)
+        found, wrong = fuzz_container.fuzz(data, decode, count, seed=seed, memory=MEMORY, seconds=SECONDS)
+        outcomes += found
+        by_file[name] += count
+        faults += [f"{name}, {'its own' if embedded else 'a given'} model, {line}" for line in wrong]
+        report(options, outcomes, by_file, faults)
+    print(fuzz_container.table(outcomes))
+    print("\n".join(faults))
+
+
+def _ends() -> list[tuple[str, int]]:
+    ends, total = [], 0
+    for name, share in SHARES.items():
+        total += share
+        ends.append((name, total))
+    return ends
+
+
+def report(
+    options: argparse.Namespace, outcomes: Counter[tuple[str, str]], by_file: Counter[str], faults: list[str]
+) -> None:
+    """Write the record and the table."""
+    if options.out is None:
+        return
+    total = sum(outcomes.values())
+    command = f"python benchmarks/fuzz.py --count {options.count} --seed {options.seed}"
+    record = {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "mutants": total,
+        "files": dict(sorted(by_file.items())),
+        "outcomes": {f"{done}: {outcome}": n for (done, outcome), n in sorted(outcomes.items())},
+        "faults": faults,
+    }
+    files = ", ".join(f"{name} {count:,}" for name, count in sorted(by_file.items()))
+    text = [
+        "# Hostile files",
+        "",
+        f"{total:,} mutants, {len(faults)} that ended in anything but a named error or the exact original.",
+        "",
+        f"Files: {files}.  Two thirds were decoded by the model in them, one third by a model that was given.  At most "
+        f"{MEMORY >> 20} MiB beyond what the process had, and {SECONDS:.0f} s, for one mutant.",
+        "",
+        "```text",
+        fuzz_container.table(outcomes),
+        "```",
+        "",
+        *[f"* {line}" for line in faults[:50]],
+        f"`{command}`; {record['machine']}; {record['versions']}; {record['date']}.",
+        "",
+    ]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    options.out.with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
