@@ -302,10 +302,14 @@ class _Job:
         """Code the rows by the model, or by generic compression where that takes less."""
         n = len(part.x)
         values, holes = self._cells.to_bytes(part.x)
-        given = () if self._condition is None else self._condition.to_bytes(part.condition)  # type: ignore[arg-type]
+        given: tuple[bytes, ...] = ()
+        condition = None  # as the decoder will have it, to the last bit
+        if self._condition is not None and part.condition is not None:
+            given = self._condition.to_bytes(part.condition)
+            condition = self._condition.from_bytes(given[0], given[1], n)
         content = [part.side, values, holes, *given]
         sections = [_section(part.side), self._cells.pack_holes(holes, n), *map(_section, given)]
-        rows = encode_rows(self.codec, part.x, part.condition)
+        rows = encode_rows(self.codec, part.x, condition)
         # Generic compression at full strength is slow, so it is tried only where it comes near at its fastest.
         near = len(zlib.compress(values, 1)) < 1.5 * len(rows.data)
         plain = _section(values) if near else b""
