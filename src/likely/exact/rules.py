@@ -328,32 +328,28 @@ ALLOWED = frozenset(_NAMES.split())
 #: Sums of floats depend on their order; sums of these types do not.
 _WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _SUMS = frozenset({"sum", "cumsum", "count_nonzero", "prod", "cumprod", "bincount", "dot", "matmul", "mm"})
+_DIVISIONS = frozenset({"truediv", "div", "divide", "true_divide"})
 _ADDITIONS = frozenset({"add", "sub", "subtract", "rsub"})
 
 
 def plain_name(function: Callable[..., Any]) -> str:
     """The name of a function of PyTorch without underscores and the letters of in-place and reflected forms.
 
-    >>> [plain_name(f) for f in (torch.add, Tensor.add_, Tensor.__iadd__, Tensor.__rsub__)]
-    ['add', 'add', 'add', 'rsub']
+    >>> [plain_name(f) for f in (torch.add, Tensor.add_, Tensor.__iadd__, Tensor.__rmul__, Tensor.shape.__get__)]
+    ['add', 'add', 'add', 'mul', 'get']
     """
     name = getattr(function, "__name__", str(function))
+    known = ALLOWED | _SUMS | _DIVISIONS
     if name.startswith("__") and name.endswith("__"):
         inner = name[2:-2]
-        if (
-            inner not in ALLOWED
-            and inner[:1] in "ir"
-            and (inner[1:] in ALLOWED or inner[1:] in ("truediv", "div", "pow"))
-        ):
-            inner = inner[1:]
-        return inner
-    return name.rstrip("_") if name.rstrip("_") in ALLOWED | _SUMS | {"div", "divide", "true_divide"} else name
+        return inner[1:] if inner not in known and inner[:1] in "ir" and inner[1:] in known else inner
+    return name.rstrip("_") if name.rstrip("_") in known else name
 
 
 def allowed(function: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> str | None:
     """None if the function gives the same bits everywhere for these arguments, else why not."""
     name = plain_name(function)
-    if name in ("truediv", "div", "divide", "true_divide"):
+    if name in _DIVISIONS:
         reflected = getattr(function, "__name__", "").startswith("__r")
         divisor = args[1] if len(args) > 1 else named.get("other")
         if reflected or not isinstance(divisor, Tensor | int | float) or named.get("rounding_mode"):
