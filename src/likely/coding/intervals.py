@@ -51,7 +51,8 @@ class Cumulative(Protocol):
     """The cumulative distributions of some cells."""
 
     def cdf(self, position: Floats) -> Floats:
-        """F at one position of each cell: 0 at or below −10^200, 1 at or above 10^200, monotone between them."""
+        """F at one or more positions of each cell, shape ``(…, cells)``: 0 at or below −10^200, 1 at or above 10^200,
+        monotone between them."""
         ...
 
     def __getitem__(self, some: Some) -> Cumulative:
@@ -215,7 +216,7 @@ class _Frame:
         return _Frame(self.owner, self.law[some], self.digit, *picked)  # type: ignore[arg-type]
 
     def start(self, digits: Integers) -> Unsigned:
-        """Where digits start, 0 … size inclusive."""
+        """Where digits start, 0 … size inclusive: one or more of each cell, shape ``(…, cells)``."""
         edges = digits << self.digit.shift if self.digit.shift else digits
         if self.first is None:
             if self.digit.shift:
@@ -240,13 +241,13 @@ class _Frame:
     def find(self, residues: Unsigned) -> tuple[Integers, Integers, Integers]:
         """The digits in whose interval the residues lie, with start and freq."""
         r = residues.view(np.int64)
-        low, below = np.zeros(len(r), np.int64), np.zeros(len(r), np.int64)
-        high = np.full(len(r), self.digit.size) if self.sizes is None else self.sizes.copy()
-        above = np.full(len(r), 1 << self.digit.precision)
+        whole = 1 << self.digit.precision
         if self.first is not None or not len(self.owner.steps_at):
-            return self._find_between(r, low, high, below, above)
+            return self._find_between(r, 0, self.digit.size if self.sizes is None else self.sizes, 0, whole)
+        low, below = np.zeros(len(r), np.int64), np.zeros(len(r), np.int64)
+        high, above = np.full(len(r), self.digit.size), np.full(len(r), whole)
         self._between_atoms(r, low, high, below, above)
-        rest = np.flatnonzero(high - low > 1)
+        rest = (high - low > 1).nonzero()[0]
         if len(rest):
             found = self[rest]._find_between(r[rest], low[rest], high[rest], below[rest], above[rest])
             low[rest], below[rest], freq = found
@@ -280,21 +281,25 @@ class _Frame:
         np.copyto(below, s, where=under)
 
     def _find_between(
-        self, r: Integers, low: Integers, high: Integers, below: Integers, above: Integers
+        self, r: Integers, low: Integers | int, high: Integers | int, below: Integers | int, above: Integers | int
     ) -> tuple[Integers, Integers, Integers]:
         """As :meth:`find`, for digits in [low, high), the starts of which are known."""
         digit = self._guess(r, low, high)
-        start = self.start(digit).view(np.int64)
-        freq = self.start(digit + 1).view(np.int64) - start
+        both = np.empty((2, len(r)), np.int64)
+        both[0] = digit
+        np.add(digit, 1, both[1])
+        start, stop = self.start(both).view(np.int64)
+        freq = stop - start
         offset = r - start
-        missed = np.flatnonzero(offset.view(np.uint64) >= freq.view(np.uint64))
+        missed = (offset.view(np.uint64) >= freq.view(np.uint64)).nonzero()[0]
         if len(missed):
             offset, size = offset[missed], freq[missed]
             under, g, s = offset < 0, digit[missed], start[missed]
-            low, below = np.where(under, low[missed], g + 1), np.where(under, below[missed], s + size)
-            high, above = np.where(under, g, high[missed]), np.where(under, s, above[missed])
+            bracket = [a if isinstance(a, int) else a[missed] for a in (low, below, high, above)]
+            lows, belows = np.where(under, bracket[0], g + 1), np.where(under, bracket[1], s + size)
+            highs, aboves = np.where(under, g, bracket[2]), np.where(under, s, bracket[3])
             g = g + np.floor(offset / size).astype(np.int64)  # Newton's step
-            found = self[missed]._search(r[missed], g, low, high, below, above)
+            found = self[missed]._search(r[missed], g, lows, highs, belows, aboves)
             digit[missed], start[missed], freq[missed] = found
         return digit, start, freq
 
@@ -311,7 +316,7 @@ class _Frame:
             over = s > r
             self._narrow(g, s, over, low, high, below, above)
             width = high - low
-            rest = np.flatnonzero(width > 1)
+            rest = (width > 1).nonzero()[0]
             if len(rest) < 0.7 * len(r):
                 if left is not None:
                     for whole, part in zip(found, (low, below, above)):
@@ -331,13 +336,14 @@ class _Frame:
         low, below, above = found
         return low, below, above - below
 
-    def _guess(self, r: Integers, low: Integers, high: Integers) -> Integers:
-        probability = r / float(1 << self.digit.precision)
+    def _guess(self, r: Integers, low: Integers | int, high: Integers | int) -> Integers:
+        probability: Floats = r * 2.0**-self.digit.precision
         if self.below is not None and self.mass is not None:
-            probability = self.below + self.mass * probability
+            probability *= self.mass
+            probability += self.below
         first = self.owner.low - 0.5
         position = low << self.digit.shift if self.digit.shift else low
-        offset = first if self.first is None else self.first + first
+        offset: Any = first if self.first is None else self.first + first
         guess = self.law.guess(probability, position + offset)
         guess -= offset
         guess *= 2.0**-self.digit.shift
@@ -345,7 +351,9 @@ class _Frame:
         if self.first is not None and len(atoms):  # the first atom of the block is the best guess
             within = atoms.take(np.searchsorted(atoms, self.first), mode="clip") - self.first >> self.digit.shift
             guess = np.where((within >= low) & (within < high), within, guess)
-        return np.clip(guess, low, high - 1).astype(np.int64)
+        np.maximum(guess, low, out=guess)
+        np.minimum(guess, high - 1, out=guess)
+        return guess.astype(np.int64)
 
 
 # --------------------------------------------------------------------------------------------------------------- laws
@@ -366,15 +374,15 @@ class Family:
 
     def cdf(self, position: Floats) -> Floats:
         """Σ_k share_k F_k, summed in the order of k."""
-        u = position - self.centre
+        u = position[..., None, :] - self.centre
         u *= self.rate
         u += self.law.centre
         u = self.law.cdf(u)
         if self.portion is not None:
             u *= self.portion
-        total = u[0]
-        for value in u[1:]:
-            total += value
+        total = u[..., 0, :]
+        for k in range(1, len(self.centre)):
+            total += u[..., k, :]
         return total
 
     def __getitem__(self, some: Some) -> Family:

@@ -51,6 +51,8 @@ STIR = 0x85EBCA6B
 UNSTIR = pow(STIR, -1, 1 << 32)
 
 _STIR, _UNSTIR, _16 = np.uint64(STIR), np.uint64(UNSTIR), np.uint64(16)
+#: So many numbers below 2^64 have a product that a float64 holds.
+_GROUP = 15
 _ONE = np.uint64(1)
 _32 = np.uint64(32)
 _OPEN = np.uint64(1 << 32)
@@ -138,12 +140,13 @@ class Stack:
             self.bits += len(s) * precision - _log2_of_product(f)
             for part in reversed(self._steps(len(s))):
                 h, spare, flags = self._views(part)
-                np.right_shift(h, keep, out=spare)
-                self._emit(h, np.greater_equal(spare, f[part], out=flags))
-                np.floor_divide(h, f[part], out=spare)
-                spare *= others[part]
-                h += spare
-                h += s[part]
+                freq_ = f[part]
+                np.right_shift(h, keep, spare)
+                self._emit(h, np.greater_equal(spare, freq_, flags))
+                np.floor_divide(h, freq_, spare)
+                np.multiply(spare, others[part], spare)
+                np.add(h, spare, h)
+                np.add(h, s[part], h)
                 if self._stirring:
                     self._stir(h, precision, _UNSTIR)
 
@@ -169,15 +172,15 @@ class Stack:
                 h, residues, flags = self._views(step)
                 if self._stirring:
                     self._stir(h, precision)
-                np.bitwise_and(h, mask, out=residues)
+                np.bitwise_and(h, mask, residues)
                 part = slice(block.start + step.start, block.start + step.stop)
                 symbols[part], start, freq = find(part, residues)
                 freqs[step] = f = _unsigned(freq, "freq")
-                h >>= shift
-                h *= f
-                h += residues
-                h -= _unsigned(start, "start")
-                self._refill(h, np.less(h, _OPEN, out=flags))
+                np.right_shift(h, shift, h)
+                np.multiply(h, f, h)
+                np.add(h, residues, h)
+                np.subtract(h, _unsigned(start, "start"), h)
+                self._refill(h, np.less(h, _OPEN, flags))
             size = block.stop - block.start
             self.bits -= size * precision - _log2_of_product(freqs[:size])
         return symbols
@@ -264,11 +267,14 @@ class Stack:
 
     def _steps(self, n: int) -> list[slice]:
         """Cut the ``n`` symbols of a block into steps: one symbol a lane."""
-        return [slice(first, min(first + self.lanes, n)) for first in range(0, n, self.lanes)]
+        lanes = self.lanes
+        return [slice(first, min(first + lanes, n)) for first in range(0, n, lanes)]
 
     def _views(self, step: slice) -> tuple[Unsigned, Unsigned, NDArray[np.bool_]]:
         """The heads that take part in a step, and two buffers of their size."""
         size = step.stop - step.start
+        if size == len(self._heads):
+            return self._heads, self._spare, self._flags
         return self._heads[:size], self._spare[:size], self._flags[:size]
 
     def resize(self, lanes: int) -> None:
@@ -440,7 +446,10 @@ class Stack:
 
 
 def _log2_of_product(values: Unsigned) -> float:
-    return bits(float(np.log(values).sum()))
+    """Σ log2, for reports; products of a few need one logarithm."""
+    groups = len(values) // _GROUP
+    head = np.multiply.reduce(values[: groups * _GROUP].reshape(_GROUP, groups).astype(np.float64), 0)
+    return bits(float(np.log(head).sum() + np.log(values[groups * _GROUP :].astype(np.float64)).sum()))
 
 
 def _unsigned(values: ArrayLike, name: str) -> Unsigned:

@@ -26,6 +26,8 @@ _MOST_LOG_SCALE = 64
 #: A weight of 1 is this many units; exp(−21) is the last that is not 0.
 UNITS = 1 << 30
 _LAST_LOGIT = 22 * LOGIT_STEPS
+#: Steps of probability at which quantiles are kept, as hints.
+_GUESSES = 1 << 13
 
 
 class Law:
@@ -44,7 +46,8 @@ class Law:
         whole[0], whole[-1] = 0.0, 2.0**50
         self.value = np.ldexp(whole, -50)
         self.slope = np.append(np.diff(self.value), 0.0)
-        self._guesses = np.interp(sigmoid(np.arange(-640, 641) / 16.0), self.value, edges)
+        self._guesses = np.interp(np.arange(_GUESSES + 1) / _GUESSES, self.value, edges)
+        self._guess_slopes = np.append(np.diff(self._guesses), 0.0)
 
     def cdf(self, u: Floats) -> Floats:
         """Cumulative probability at standard position u / steps − reach, any floats but NaN; overwrites ``u``."""
@@ -59,14 +62,12 @@ class Law:
 
     def guess(self, probability: Floats) -> Floats:
         """About the standard position with this cumulative probability, the same on this machine only."""
-        p = np.clip(probability, 1e-15, 1.0 - 1e-15)
-        u = np.log(p / (1.0 - p))
-        u *= 16.0
-        u += 640.0
+        u = probability * float(_GUESSES)
         cell = u.astype(np.int64)
         u -= cell
-        below = self._guesses.take(cell)
-        return below + u * (self._guesses.take(cell + 1) - below)
+        u *= self._guess_slopes.take(cell, mode="clip")
+        u += self._guesses.take(cell, mode="clip")
+        return u
 
 
 @functools.cache
