@@ -337,7 +337,7 @@ class _Frame:
         return low, below, above - below
 
     def _guess(self, r: Integers, low: Integers | int, high: Integers | int) -> Integers:
-        probability: Floats = r * 2.0**-self.digit.precision
+        probability: Floats = np.multiply(r, 2.0**-self.digit.precision)
         if self.below is not None and self.mass is not None:
             probability *= self.mass
             probability += self.below
