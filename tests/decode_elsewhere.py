@@ -49,18 +49,17 @@ class Native:
         return bytes(8)
 
 
-class Split(nn.Module):
-    """A network that gets some rows at a time."""
+def split(network: nn.Module, batch: int) -> None:
+    """Let a network get some rows at a time from now on."""
+    whole = network.forward
 
-    def __init__(self, network: nn.Module, batch: int) -> None:
-        super().__init__()
-        self.network, self.batch = network, batch
+    def forward(x: Tensor, *rest: Tensor | None) -> Tensor:
+        if len(x) <= batch:
+            return whole(x, *rest)
+        parts = [range(i, min(i + batch, len(x))) for i in range(0, len(x), batch)]
+        return torch.cat([whole(x[p.start : p.stop], *(_some(r, p) for r in rest)) for p in parts])
 
-    def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
-        if not len(x):
-            return self.network(x, *rest)
-        parts = [range(i, min(i + self.batch, len(x))) for i in range(0, len(x), self.batch)]
-        return torch.cat([self.network(x[p.start : p.stop], *(_some(r, p) for r in rest)) for p in parts])
+    network.forward = forward  # type: ignore[method-assign]
 
 
 def _some(x: Tensor | None, rows: range) -> Tensor | None:
@@ -77,7 +76,7 @@ def setting(name: str, native: bool) -> Iterator[None]:
         made = make(module, *args, **kwargs)
         if batch is not None and isinstance(made.module, VAE):
             for part in ("encoder", "decoder", "posterior_head"):
-                setattr(made.module, part, Split(getattr(made.module, part), batch))
+                split(getattr(made.module, part), batch)
         return made
 
     threads = torch.get_num_threads()

@@ -36,7 +36,7 @@ _DESCRIPTION = 1 << 22
 #: Functions that make tensors of a size that they are told, and what each tensor counts at least.
 _MAKERS = {"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "randperm", "zeros"}
 _MAKERS |= {"new_empty", "new_full", "new_ones", "new_zeros"}
-_LEAST = 256
+_LEAST = 1 << 10
 _TYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.int64, torch.bool)}
 _NUMPY = {"float64": "<f8", "float32": "<f4", "int64": "<i8", "bool": "u1"}
 
@@ -160,7 +160,7 @@ def _check_numbers(description: Any, most: int) -> None:
 class _Allowance(TorchFunctionMode):
     """Within the context tensors are made with so many elements in all, and not one more.
 
-    Each counts as some hundred elements at least, so that their number is limited too.
+    Each counts as a thousand elements at least, so that their number is limited too.
     """
 
     def __init__(self, most: int) -> None:
