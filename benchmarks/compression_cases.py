@@ -119,6 +119,21 @@ IMAGE = {
     "batch_size": 100,
     "patience": None,
 }
+#: A small network on causal patches, taught on a few pixels of many images.
+PIXELS = {
+    "layers": 3,
+    "components": 5,
+    "positions": 32,
+    "batch_size": 128,
+    "precision": "bfloat16",
+    "learning_rate": 6e-3,
+    "optimizer_options": {"betas": [0.9, 0.99]},
+    "warmup": 300,
+    "evaluate_examples": 300,
+    "evaluate_every": 2000,
+    "patience": None,
+    "valid_fraction": 0.05,
+}
 CASES = {
     "mnist-binary": Case(
         mnist_binary,
@@ -137,10 +152,31 @@ CASES = {
     "adult": Case(adult, {**TABLE, "steps": 6000}, read={"strip_suffix": "."}),
     "cover": Case(cover, {**TABLE, "steps": 12_000, "hide": 0.0}),
     "diamonds": Case(diamonds, {**TABLE, "steps": 8000}),
-    "cifar": Case(cifar, {**IMAGE, "latent_dim": 192, "hidden": [48, 96, 256], "blocks": [1, 1], "steps": 12_000}),
+    "cifar": Case(
+        cifar,
+        {
+            **IMAGE,
+            "latent_dim": 192,
+            "hidden": [48, 96, 256],
+            "blocks": [1, 1],
+            "learning_rate": 1e-3,
+            "gradient": "total",
+            "steps": 4000,
+        },
+    ),
     "mnist": Case(
         lambda: tuple(part[:, None] for part in mnist()),  # type: ignore[arg-type,return-value]
-        {**IMAGE, "latent_dim": 40, "hidden": [24, 48, 256], "blocks": [0, 1], "steps": 15_000},
+        {**IMAGE, "latent_dim": 40, "hidden": [24, 48, 256], "blocks": [0, 1], "steps": 8000},
+    ),
+    "pixelcnn-cifar": Case(
+        cifar,
+        {**PIXELS, "field": [3, 3], "width": 192, "steps": 20_000, "evaluate_examples": 200},
+        "pixelcnn",
+    ),
+    "pixelcnn-mnist": Case(
+        lambda: tuple(part[:, None] for part in mnist()),  # type: ignore[arg-type,return-value]
+        {**PIXELS, "field": [5, 5], "width": 128, "steps": 12_000},
+        "pixelcnn",
     ),
 }
 
