@@ -37,7 +37,6 @@ import math
 import statistics
 import subprocess
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -241,7 +240,7 @@ def _parquet(coded: Coded, n: int, folder: Path) -> int:
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
     whole = [name for name, kind in zip(table.schema.names, table.schema.types) if pa.types.is_integer(kind)]
     options: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "row_group_size": n}
-    delta = {name: "DELTA_BINARY_PACKED" for name in whole}
+    delta = dict.fromkeys(whole, "DELTA_BINARY_PACKED")
     sizes = []
     for more in (
         {"use_dictionary": True},

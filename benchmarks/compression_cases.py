@@ -13,7 +13,6 @@ import gzip
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def cifar() -> tuple[np.ndarray, np.ndarray]:
     parts = []
     for part in ("train", "test"):
         sheets = [
-            np.asarray(Image.open(name).convert("RGB")) for name in sorted(glob(f"{data()}/cifar10/{part}_*.webp"))
+            np.asarray(Image.open(name).convert("RGB")) for name in sorted((data() / "cifar10").glob(f"{part}_*.webp"))
         ]
         images = [s.reshape(-1, 32, 32, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3) for s in sheets]
         parts.append(np.concatenate(images)[: len(index[f"{part}_label"])].transpose(0, 3, 1, 2))

@@ -55,6 +55,13 @@ def images(n: int, size: int) -> np.ndarray:
     return np.floor(grey).astype(np.uint8).reshape(n, size, size)
 
 
+def textures(n: int, channels: int, size: int) -> np.ndarray:
+    """One texture under as many lights as there are images, 8 bits, shape ``(n, channels, size, size)``."""
+    texture = 200.0 * uniform((channels * size * size, 1), 6)[:, 0]
+    grey = (0.6 + 0.4 * uniform((n, 1), 7)) * texture + 6.0 * uniform((n, len(texture)), 8)
+    return np.floor(grey).astype(np.uint8).reshape(n, channels, size, size)
+
+
 def npy(array: np.ndarray) -> bytes:
     """The bytes of a ``.npy`` file."""
     file = io.BytesIO()
@@ -98,7 +105,7 @@ CASES: dict[str, Case] = {
     ),
     "vae-image": Case(
         "image.npy",
-        lambda: npy(np.stack([images(80, 8), 255 - images(80, 8)], 1)),
+        lambda: npy(textures(80, 2, 8)),
         "vae",
         {
             "latent_dim": 3,
@@ -108,7 +115,7 @@ CASES: dict[str, Case] = {
             "likelihood_options": {"components": 2},
         },
         {"layout": "CHW", "levels": 256},
-        steps=150,
+        steps=100,
     ),
     "vae-table": Case(
         "table.csv",

@@ -110,9 +110,7 @@ class CategoricalCells(Cells):
     array([1, 2])
     """
 
-    def __init__(
-        self, logits: NDArray[Any], present: ArrayLike | None = None, *, precision: int | None = None
-    ) -> None:
+    def __init__(self, logits: NDArray[Any], present: ArrayLike | None = None, *, precision: int | None = None) -> None:
         super().__init__(logits.shape[:-1], present)
         self.levels = logits.shape[-1]
         self.precision = precision_for(self.levels) if precision is None else precision
