@@ -11,12 +11,13 @@ RUNS are what ``compression_cases.py`` fitted; no model has seen a row that is c
    its empirical entropy (rows drawn independently from the frequencies of the patterns in these very rows), which is
    less than any code needs.
 2. *Others.*  The same rows, losslessly, at the strongest setting of each: the text of a table (CSV); pixels as bytes,
-   and packed bits where they are binary, whichever is smaller.  Parquet with zstd -19, dictionaries or delta encoding, whichever is smaller.  ``bare columns`` are a table's cells,
-   column after column, as numbers of steps of the column's grid and of its categories, in the smallest whole-number type:
-   not a file that anyone has, as neither names nor steps nor categories are in it, but what a compressor of bytes makes
-   of the same cells when it is spared the writing; the goal is held against the files.
-   PNG, WebP and JPEG XL with one file an image and with all images on a sheet.  ``--rivals`` names a Python that has
-   ``brotli`` and ``pillow-jxl-plugin``; its sizes are left out otherwise.
+   and packed bits where they are binary, whichever is smaller.  Parquet with zstd -19, with dictionaries or delta
+   encoding, whichever is smaller.  PNG, WebP and JPEG XL with one file an image and with all images on a sheet.
+   ``bare columns`` are a table's cells, column after column, as numbers of steps of the column's grid and of its
+   categories, in the smallest whole-number type: not a file that anyone has, as neither names nor steps nor
+   categories are in it, but what a compressor of bytes makes of the same cells when it is spared the writing.  The
+   goal is held against the files.  ``--rivals`` names a Python that has ``brotli`` and ``pillow-jxl-plugin``; its sizes
+   are left out otherwise.
 3. *With the model in the file.*  The first n coded rows, compressed by the model rounded to 6, 7 or 8 bits a weight,
    which the file holds; and the smallest of the others for the same n rows.
 
@@ -362,9 +363,9 @@ def table(record: dict[str, Any]) -> str:
 def bound_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield "## Bound and file"
     yield ""
-    yield "Bound: of the float32 model, with the standard error over seeds of its noise; with holes, the entropy of their"
-    yield "pattern is named apart.  Tables: what the integer frequencies promise.  Net: the coded rows, without the bits"
-    yield "that bits-back borrowed.  File: every byte of it.  Per cent are over bound and holes."
+    yield "Bound: of the float32 model, with the standard error over seeds of its noise; with holes, the entropy of"
+    yield "their pattern is named apart.  Tables: what the integer frequencies promise.  Net: the coded rows, without"
+    yield "the bits that bits-back borrowed.  File: every byte of it.  Per cent are over bound and holes."
     yield ""
     yield "| case | model | rows | bound, bits | holes, bits | tables | net | file, bytes | file over bound | goal |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
@@ -378,8 +379,8 @@ def bound_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
         met = "" if goal is None else f"≤ {goal} %: {'yes' if over['file'] <= goal else '**no**'}"
         yield (
             f"| {name} | {row['name']} | {row['rows']:,} | {row['bound_bits']:,.0f} ± {row['bound_error_bits']:,.0f} "
-            f"({row['bound_bits'] / _units(row):.4f} a {row['unit']}) | {row['holes_entropy_bits']:,.0f} | {own:+.2f} % "
-            f"| {over['net']:+.2f} % | {row['file']:,} | {over['file']:+.2f} % | {met} |"
+            f"({row['bound_bits'] / _units(row):.4f} a {row['unit']}) | {row['holes_entropy_bits']:,.0f} "
+            f"| {own:+.2f} % | {over['net']:+.2f} % | {row['file']:,} | {over['file']:+.2f} % | {met} |"
         )
     yield ""
 
@@ -412,16 +413,17 @@ def other_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
         else:
             goal, met = "smaller than the best other", least < best
         yield ""
-        yield f"Best other: {best_name}.  Goal, {goal}: {'yes' if met else '**no**'} ({100 * (1 - least / best):.1f} %)."
+        said = "yes" if met else "**no**"
+        yield f"Best other: {best_name}.  Goal, {goal}: {said} ({100 * (1 - least / best):.1f} % smaller)."
     yield ""
 
 
 def embedded_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield "## With the model in the file"
     yield ""
-    yield "File of the first n rows ÷ the smallest of the others for them; the model, rounded to so many bits a weight,"
-    yield "is in the file.  Break-even: from how many rows on the file is the smaller one; with ~ where it lies beyond the"
-    yield "rows at hand, with both sizes continued in proportion to the rows."
+    yield "File of the first n rows ÷ the smallest of the others for them; the model, rounded to so many bits a"
+    yield "weight, is in the file.  Break-even: from how many rows on the file is the smaller one; with ~ where it lies"
+    yield "beyond the rows at hand, both sizes being continued as straight lines."
     yield ""
     counts = sorted({point["n"] for case in cases.values() for point in case["points"]})
     shown = [n for n in counts if str(n).lstrip("13").strip("0") == ""]
