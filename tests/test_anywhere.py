@@ -230,3 +230,10 @@ def test_a_small_file_cannot_declare_many_cells(made: Callable[[str], Made]) -> 
 
 def test_every_family_is_among_the_cases() -> None:
     assert {case.model for case in CASES.values()} == set(models.names())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_files_hold_rows_coded_by_their_model(name: str) -> None:
+    with Archive(Path(__file__).parent / "golden" / f"{name}-1.0.lk") as archive:
+        assert {entry.kind for entry in archive.reader.chunks} == {"schema", "model", "head", "rows"}
+        assert archive.reader.size <= 20_000

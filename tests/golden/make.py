@@ -7,14 +7,19 @@ To add one, add it to ``CASES`` and run this script; the tests find it through t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent.parent))
+
+import archive_cases
 from likely.coding.container import Reader, Writer, content_digest
 from likely.coding.fallback import compress, decompress
 
@@ -75,9 +80,21 @@ class _Pipe(io.BytesIO):
         return False
 
 
+def write_archive(name: str, path: Path) -> None:
+    """A file with its model in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path.write_bytes(archive_cases.make(name, Path(folder)).embedded)
+
+
+def decode_archive(path: Path) -> bytes:
+    """The original, by the model in the file."""
+    return archive_cases.decode(path.read_bytes())
+
+
 CASES: dict[str, Case] = {
     "frame-1.0": Case(write_frame, decode_frame),
     "empty-1.0": Case(write_empty, decode_frame),
+    **{f"{name}-1.0": Case(functools.partial(write_archive, name), decode_archive) for name in archive_cases.CASES},
 }
 
 
