@@ -75,7 +75,7 @@ def write(folder: Path) -> dict[str, str]:
                 made = archive_cases.make(name, Path(data))
                 file = folder / (f"{name}.float" if native else name)
                 file.with_name(f"{file.name}.lk").write_bytes(made.embedded)
-                numbers = decode_elsewhere.outputs(made.embedded)
+                numbers = decode_elsewhere.outputs(made.embedded, 1000)
                 if numbers is not None:
                     np.savez(folder / f"{file.name}.npz", outputs=numbers)
             digests[file.name] = archive_cases.digest(made.original)

@@ -68,9 +68,9 @@ def folder(made: Callable[[str], Made], tmp_path_factory: pytest.TempPathFactory
     with decode_elsewhere.setting("plain", native=True):
         control = make("vae-image", tmp_path_factory.mktemp("control")).embedded
         (here / "vae-image.float.lk").write_bytes(control)
-        np.savez(here / "vae-image.float.npz", outputs=decode_elsewhere.outputs(control))
+        np.savez(here / "vae-image.float.npz", outputs=decode_elsewhere.outputs(control, 65))
     for name in ("vae-image", "vae-table"):
-        np.savez(here / f"{name}.npz", outputs=decode_elsewhere.outputs(made(name).embedded))
+        np.savez(here / f"{name}.npz", outputs=decode_elsewhere.outputs(made(name).embedded, 65))
     return here
 
 
@@ -80,7 +80,7 @@ def elsewhere(folder: Path, command: list[str], environment: dict[str, str], *se
     path = os.pathsep.join([str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [*command, str(root / "tests" / "decode_elsewhere.py"), str(folder), *settings],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", **environment},
         capture_output=True,
         text=True,
     )
