@@ -9,7 +9,8 @@ RUNS are what ``compression_cases.py`` fitted; no model has seen a row that is c
    bits-back borrowed, ``file`` all bytes on the disk: borrowed bits, lanes, pattern of holes, names, checksums, index.
    A model of cells with holes has a bound on the cells that are there; to it comes the pattern of the holes, at
    its empirical entropy (rows drawn independently from the frequencies of the patterns in these very rows), which is
-   less than any code needs.
+   less than any code needs.  Rows that generic compression codes in less than the model, which the file then does,
+   are coded by the model for this table (the file in brackets is the real one).
 2. *Others.*  The same rows, losslessly, at the strongest setting of each: the text of a table (CSV); pixels as bytes,
    and packed bits where they are binary, whichever is smaller.  Parquet with zstd -19, with dictionaries or delta
    encoding, whichever is smaller.  PNG, WebP and JPEG XL with one file an image and with all images on a sheet.
@@ -52,6 +53,7 @@ from PIL import Image
 import likely
 from compression_cases import CASES, Case
 from likely import archive, models
+from likely.coding.bits_back import encode_rows
 from likely.coding.rows import Rows
 from likely.coding.weights import pack, unpack
 from likely.contract import Binary, Table
@@ -153,13 +155,23 @@ def compress(coded: Coded, n: int, folder: Path, embed: bytes | None = None, wor
 
 
 def bound_and_file(coded: Coded, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    sizes = compress(coded, coded.n, folder, workers=arguments.workers)
+    sizes = compress(coded, coded.n, folder, workers=arguments.workers).to_json()
     space = coded.fitted.schema.space
+    smallest = sizes["file"]
+    if sizes["plain_rows"]:  # generic compression coded some rows in less; the bound is not of these
+        sizes |= {"file": smallest - sizes["plain"] - sizes["coded"], "coded": 0, "initial": 0, "plain": 0}
+        x = coded.cells(coded.n, folder)
+        for part in x.split(-(-len(x) // max(1, round(sizes["coded_bits"] / 8 / archive.CHUNK)))):
+            payload = encode_rows(coded.fitted.model.codec(), part)
+            sizes["coded"] += len(payload.data)
+            sizes["file"] += len(payload.data)
+            sizes["initial"] += payload.initial_bits // 8
     return {
         **bound(coded, folder, arguments.seeds),
         "name": coded.fitted.model.name(),
         "unit": "row" if isinstance(space, Table) else "dim",
-        **sizes.to_json(),
+        **sizes,
+        "smallest": smallest,
     }
 
 
@@ -376,11 +388,12 @@ def bound_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
         over = {key: 100 * (value / whole - 1) for key, value in (("net", net), ("file", 8 * row["file"]))}
         own = 100 * (row["coded_bits"] / row["bound_bits"] - 1)
         goal = next((percent for least, percent in GOALS if row["file"] >= least), None)
+        real = "" if row["smallest"] == row["file"] else f" ({row['smallest']:,})"
         met = "" if goal is None else f"≤ {goal} %: {'yes' if over['file'] <= goal else '**no**'}"
         yield (
             f"| {name} | {row['name']} | {row['rows']:,} | {row['bound_bits']:,.0f} ± {row['bound_error_bits']:,.0f} "
             f"({row['bound_bits'] / _units(row):.4f} a {row['unit']}) | {row['holes_entropy_bits']:,.0f} "
-            f"| {own:+.2f} % | {over['net']:+.2f} % | {row['file']:,} | {over['file']:+.2f} % | {met} |"
+            f"| {own:+.2f} % | {over['net']:+.2f} % | {row['file']:,}{real} | {over['file']:+.2f} % | {met} |"
         )
     yield ""
 
@@ -398,7 +411,7 @@ def other_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
         row = next(iter(ours.values()), None)
         if row is None:
             continue
-        sizes = {f"**likely {other['name']}**": other["file"] for other in ours.values()} | case["others"]
+        sizes = {f"**likely {other['name']}**": other["smallest"] for other in ours.values()} | case["others"]
         best_name, best = best_other(case["others"])
         yield ""
         yield f"### {name}: {row['rows']:,} rows, {row['original']:,} bytes"
@@ -407,7 +420,7 @@ def other_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield "|---|---|---|---|"
         for codec, size in sorted(sizes.items(), key=lambda item: item[1]):
             yield f"| {codec} | {size:,} | {8 * size / _units(row):.3f} | {size / best:.3f} |"
-        least = min(other["file"] for other in ours.values())
+        least = min(other["smallest"] for other in ours.values())
         if row["unit"] == "row":
             goal, met = "at least 25 % smaller than the best other", least <= GOAL_TABLE * best
         else:

@@ -59,6 +59,8 @@ HEAD, SCHEMA, MODEL, ROWS, PLAIN = KINDS = ("head", "schema", "model", "rows", "
 Progress = Callable[[str, int, int], None]
 
 _LENGTH = struct.Struct("<I")
+#: Bytes of cells that generic compression is tried on at full strength.
+_SAMPLE = 1 << 18
 #: Rows that the size of a file is judged by, how many of them side by side, and on how many lanes.
 _TRIAL, _TOGETHER, _LANES = 64, 16, 64
 
@@ -310,8 +312,7 @@ class _Job:
         content = [part.side, values, holes, *given]
         sections = [_section(part.side), self._cells.pack_holes(holes, n), *map(_section, given)]
         rows = encode_rows(self.codec, part.x, condition)
-        # Generic compression at full strength is slow, so it is tried only where it comes near at its fastest.
-        near = len(zlib.compress(values, 1)) < 1.5 * len(rows.data)
+        near = self._near(part.x, values, len(rows.data))
         plain = _section(values) if near else b""
         costs: dict[str, float] = {
             "side": len(sections[0]),
@@ -330,6 +331,19 @@ class _Job:
         if self.verify:
             self._verify(coded)
         return coded
+
+    def _near(self, x: Tensor, values: bytes, coded: int) -> bool:
+        """Whether generic compression may code the values in fewer bytes than the model.
+
+        At full strength it is slow, so it is first tried at its fastest, then at full strength on some of the rows.
+        """
+        if len(zlib.compress(values, 1)) >= 1.5 * coded:
+            return False
+        some = x[: max(1, len(x) * _SAMPLE // max(len(values), 1))]
+        if len(some) >= len(x):
+            return True
+        sample, _ = self._cells.to_bytes(some)
+        return len(_section(sample)) * len(x) < 1.2 * coded * len(some)
 
     def _verify(self, coded: _Coded) -> None:
         self._decode(coded.kind, coded.payload, coded.rows, coded.raw_size, coded.digest)
