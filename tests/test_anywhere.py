@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import archive_cases
 import decode_elsewhere
@@ -104,6 +105,14 @@ def test_batches_threads_and_precision_change_nothing(folder: Path, made: Callab
         assert found["batch 1"]["vae-image.float outputs"] > 0.01
 
 
+def test_flushed_subnormals_change_nothing() -> None:
+    file = (Path(__file__).parent / "golden" / "vae-binary-1.0.lk").read_bytes()  # its activation has subnormal values
+    expected = decode(file)
+    with decode_elsewhere.setting("subnormals flushed", native=False):
+        assert decode(file) == expected
+        assert sys.float_info.min * 0.5 == 0.0 or not torch.set_flush_denormal(True)  # as it was
+
+
 @pytest.mark.skipif(not X86, reason="the instruction sets are those of x86-64")
 @pytest.mark.parametrize("environment", [OLDEST, MIDDLE], ids=["oldest", "middle"])
 def test_instruction_sets_and_libraries_change_nothing(
@@ -111,7 +120,7 @@ def test_instruction_sets_and_libraries_change_nothing(
 ) -> None:
     found = elsewhere(folder, [sys.executable], environment, "plain")
     check(found, made, "plain")
-    if environment is OLDEST and decode_elsewhere.torch.backends.cpu.get_cpu_capability() == "AVX512":
+    if environment is OLDEST and torch.backends.cpu.get_cpu_capability() == "AVX512":
         assert found["plain"]["vae-image.float outputs"] > 0.01
 
 

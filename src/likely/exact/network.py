@@ -14,7 +14,14 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from likely.exact.activations import Activation
 from likely.exact.layers import Certified, Chain
-from likely.exact.products import ROUTES, BatchedProduct, Product, Route, full_precision_products
+from likely.exact.products import (
+    ROUTES,
+    BatchedProduct,
+    Product,
+    Route,
+    full_precision_products,
+    gradual_underflow,
+)
 from likely.exact.profiles import PROFILES, Uncovered
 from likely.exact.rules import FORWARDS, FUNCTIONS, RULES, Setting, allowed, is_identity, plain_name
 
@@ -145,7 +152,7 @@ def network(
     if route is not None and route not in ROUTES:
         raise ValueError(f"route: expected {', '.join(ROUTES)} or None, got {route!r}")
     setting = Setting(PROFILES[profile], causal)
-    with torch.no_grad():
+    with torch.no_grad(), gradual_underflow():
         tree = _converted(copy.deepcopy(module).eval(), setting, type(module).__name__, {})
     tree.requires_grad_(False)
     return Network(tree, setting, route)

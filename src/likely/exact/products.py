@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -364,7 +365,7 @@ def _shifted(x: Tensor, weight: Tensor, kind: Kind, g: Geometry) -> Tensor:
 
 @contextlib.contextmanager
 def full_precision_products(device: torch.device) -> Iterator[None]:
-    """Products in the precision of their operands: no TensorFloat-32, no bfloat16, no autocast."""
+    """Products in the precision of their operands: no TensorFloat-32, no bfloat16, no autocast, no lost subnormals."""
     backends: Any = torch.backends
     switches = (
         (backends.cuda.matmul, backends.cudnn.conv)
@@ -376,11 +377,25 @@ def full_precision_products(device: torch.device) -> Iterator[None]:
     for switch, _ in reduced:
         switch.fp32_precision = "ieee"
     try:
-        if torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
+        with gradual_underflow():
+            if torch.is_autocast_enabled(device.type):
+                with torch.autocast(device.type, enabled=False):
+                    yield
+            else:
                 yield
-        else:
-            yield
     finally:
         for switch, old in reduced:
             switch.fp32_precision = old
+
+
+@contextlib.contextmanager
+def gradual_underflow() -> Iterator[None]:
+    """Subnormal numbers as IEEE 754 has them, where this thread is set to flush them to zero."""
+    flushed = sys.float_info.min * 0.5 == 0.0
+    if flushed:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushed:
+            torch.set_flush_denormal(True)
