@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from likely.networks.convolution import ConvDecoder, ConvEncoder
 from likely.networks.features import Features
 from likely.networks.linear import Linear
+from likely.networks.masked import MaskedLinear, MaskedMLP
 from likely.networks.mlp import MLP, ResidualMLP, full_precision, make_activation
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "ConvEncoder",
     "Features",
     "Linear",
+    "MaskedLinear",
+    "MaskedMLP",
     "ResidualMLP",
     "decoder",
     "encoder",

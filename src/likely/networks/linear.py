@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from likely.exact.products import LARGE, ONEDNN
@@ -28,25 +29,30 @@ class Linear(nn.Linear):
     exact_as = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if ONEDNN and x.numel() * self.out_features >= LARGE and self._is_plain(x):
-            if x.dim() == 2:
-                return _Affine.apply(x, self.weight, self.bias)
-            flat = _Affine.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
-            return flat.reshape(*x.shape[:-1], self.out_features)
-        return super().forward(x)
+        return affine(x, self.weight, self.bias)
 
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether x and the weights are float32 on the CPU, and nothing transforms the computation.
 
-        Compilation, autocast and ``torch.func`` have rules for PyTorch's own layer only.
-        """
-        return (
-            x.dtype == self.weight.dtype == torch.float32
-            and x.device.type == "cpu"
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-        )
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b, by the faster library where the product is large and plain."""
+    if ONEDNN and x.numel() * weight.shape[0] >= LARGE and _is_plain(x, weight):
+        if x.dim() == 2:
+            return _Affine.apply(x, weight, bias)
+        return _Affine.apply(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], len(weight))
+    return F.linear(x, weight, bias)
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether x and the weights are float32 on the CPU, and nothing transforms the computation.
+
+    Compilation, autocast and ``torch.func`` have rules for PyTorch's own layer only.
+    """
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 class _Affine(torch.autograd.Function):
