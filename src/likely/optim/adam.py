@@ -127,23 +127,26 @@ def nadam_update(
     beta2: float,
     eps: float,
     psi: float,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """Update of NAdam (Dozat 2016, Algorithm 2), in units of the learning rate; m and v become the new ones.
 
     Args:
         product: μ₁ … μ_t.
+
+    Returns:
+        The terms of the gradient and of the momentum, whose sum is the update.
     """
     mu, mu_next = nadam_mu(t, beta1, psi), nadam_mu(t + 1, beta1, psi)
     torch._foreach_lerp_(m, g, 1 - beta1)  # m_t = β₁ m_{t−1} + (1 − β₁) g_t
     torch._foreach_mul_(v, beta2)
     torch._foreach_addcmul_(v, g, g, 1 - beta2)  # v_t = β₂ v_{t−1} + (1 − β₂) g_t²
-    above = torch._foreach_mul(m, mu_next / (1 - product * mu_next))
-    torch._foreach_add_(above, torch._foreach_mul(g, (1 - mu) / (1 - product)))
     below = torch._foreach_sqrt(v)
     torch._foreach_div_(below, one_minus_power(beta2, t) ** 0.5)
     torch._foreach_add_(below, eps)
-    torch._foreach_div_(above, below)  # (μ_{t+1} m / (1 − Π_{t+1} μ) + (1 − μ_t) g / (1 − Π_t μ)) / (√v̂ + ε)
-    return list(above)
+    now, ahead = torch._foreach_div(g, below), torch._foreach_div(m, below)
+    torch._foreach_mul_(now, (1 - mu) / (1 - product))  # (1 − μ_t) g / (1 − Π_t μ) / (√v̂ + ε)
+    torch._foreach_mul_(ahead, mu_next / (1 - product * mu_next))  # μ_{t+1} m / (1 − Π_{t+1} μ) / (√v̂ + ε)
+    return list(now), list(ahead)
 
 
 class _Moments(UpdateRule):
@@ -412,7 +415,7 @@ class NAdam(_Moments):
     def moments(self, group: dict[str, Any]) -> dict[str, float]:
         return {"m": 0.0, "v": 0.0}
 
-    def update(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
+    def update(self, bucket: Bucket, group: dict[str, Any]) -> tuple[list[Tensor], ...]:
         beta1, beta2 = group["betas"]
         product = bucket.clock["mu_product"]
         return nadam_update(

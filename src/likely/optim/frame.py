@@ -165,8 +165,11 @@ class UpdateRule(Optimizer):
         dtype = precision_of(parameter.dtype)
         return {name: torch.full_like(parameter, value, dtype=dtype) for name, value in self.moments(group).items()}
 
-    def update(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
-        """What the parameters lose, in units of the learning rate; the state in ``bucket`` becomes the new one."""
+    def update(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor] | tuple[list[Tensor], ...]:
+        """What the parameters lose, in units of the learning rate; the state in ``bucket`` becomes the new one.
+
+        A tuple holds the terms of it, which the parameters lose one after another (a rounding each).
+        """
         raise NotImplementedError
 
     def tick(self, clock: dict[str, Tensor], group: dict[str, Any]) -> None:
@@ -294,18 +297,21 @@ class UpdateRule(Optimizer):
             rate = float(rate)
         if weight_decay and group["decay"] == "l2":  # g ← g + λ θ
             bucket.gradients = list(torch._foreach_add(bucket.gradients, values, alpha=weight_decay))
-        if self.is_elementwise(bucket, group):
-            updates = self.update(bucket, group)
-        else:
+        elementwise = self.is_elementwise(bucket, group)
+        if not elementwise:
             bucket.gradients = [whole(g, handle) for g, handle in zip(bucket.gradients, bucket.handles)]
-            updates = [part(u, handle) for u, handle in zip(self.update(bucket, group), bucket.handles)]
+        update = self.update(bucket, group)
+        terms = update if isinstance(update, tuple) else (update,)
+        if not elementwise:
+            terms = tuple([part(u, handle) for u, handle in zip(term, bucket.handles)] for term in terms)
         if weight_decay and group["decay"] != "l2":  # θ ← θ − (α_t or η_t) λ θ
             factor = 1 - rate * (weight_decay if group["decay"] == "lr" else weight_decay / group["initial_lr"])
             torch._foreach_mul_(values, factor)
-        if isinstance(rate, Tensor):
-            torch._foreach_sub_(values, torch._foreach_mul(updates, rate))
-        else:
-            torch._foreach_add_(values, updates, alpha=-rate)  # θ ← θ − α_t u
+        for term in terms:  # θ ← θ − α_t u
+            if isinstance(rate, Tensor):
+                torch._foreach_sub_(values, torch._foreach_mul(term, rate))
+            else:
+                torch._foreach_add_(values, term, alpha=-rate)
         if dtype != bucket.parameters[0].dtype:
             if group["rounding"] == "stochastic":
                 for i, (value, handle) in enumerate(zip(values, bucket.handles)):
