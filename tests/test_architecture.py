@@ -34,6 +34,7 @@ LAYERS = [
     {"exact"},
     {"contract"},
     {"noise"},
+    {"processor"},
     {"units"},
 ]
 #: A face may use another face.

@@ -23,30 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from likely.exact.profiles import Irreproducible, Profile
+from likely.processor import LARGE, ONEDNN
 
 Route = Literal["native", "shifted", "float64"]
 #: In the order in which they are tried.
 ROUTES: tuple[Route, ...] = ("native", "shifted", "float64")
 
 Kind = Literal["linear", "conv", "transposed"]
-
-
-def _prefers_onednn() -> bool:
-    """Whether this is an AMD processor with AVX-512, and a PyTorch that has oneDNN's linear layer."""
-    processor: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return (
-        "AMD" in str(processor.get("cpu_name"))
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch._C, "_are_functorch_transforms_active")
-    )
-
-
-#: Whether oneDNN multiplies float32 matrices faster than MKL, PyTorch's own choice, here.
-ONEDNN = _prefers_onednn()
-#: Multiply-adds from which it does, its call being dearer by 10 µs.
-LARGE = 1 << 20
 
 _state = threading.local()
 

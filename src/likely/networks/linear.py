@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from likely.exact.products import LARGE, ONEDNN
+from likely.processor import LARGE, ONEDNN
 
 
 class Linear(nn.Linear):

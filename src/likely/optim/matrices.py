@@ -16,36 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from likely.processor import LARGE, ONEDNN
+
 # --------------------------------------------------------------------------------------------------------------
 # Products
 # --------------------------------------------------------------------------------------------------------------
 
-#: Multiply-adds from which one product of float32 goes to oneDNN where that is the faster library.
-LARGE = 1 << 20
 #: Rows from which only one triangle of a symmetric product is computed, and the strips it is computed in.
 TALL, STRIPS = 768, 4
-
-
-def _prefers_onednn() -> bool:
-    """Whether this is an AMD processor with AVX-512, where MKL uses half of the vector unit and oneDNN all of it."""
-    processor: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return (
-        "AMD" in str(processor.get("cpu_name"))
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
-
-
-#: Whether oneDNN multiplies large float32 matrices faster than what ``torch.matmul`` calls.
-ONEDNN = _prefers_onednn()
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices of bfloat16 natively, faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

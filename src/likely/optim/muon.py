@@ -35,8 +35,9 @@ import torch
 from torch import Tensor
 
 from likely.optim.frame import Bucket, Decay, Rounding, expect
-from likely.optim.matrices import Method, layout, multiplies_bfloat16, orthogonalized, stacked
+from likely.optim.matrices import Method, layout, orthogonalized, stacked
 from likely.optim.matrixrule import MatrixRule
+from likely.processor import multiplies_bfloat16
 
 Adjust = Literal["match_rms_adamw", "original", "none"]
 #: In what M is orthogonalised: bfloat16, the ``full`` precision of the state, or bfloat16 where that is faster.

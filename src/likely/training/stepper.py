@@ -19,6 +19,7 @@ from likely.optim.averaging import Average, power
 from likely.optim.clipping import clip_by_global_norm
 from likely.optim.frame import UpdateRule
 from likely.optim.schedules import learning_rate_factor
+from likely.processor import multiplies_bfloat16
 from likely.training import diagnosis
 from likely.training.checkpoints import flatten, unflatten
 from likely.training.feeding import Feeder
@@ -303,13 +304,6 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) 
         for name, value in values.items():
             if isinstance(value, Tensor):
                 own[name] = value.to(own[name].device, copy=True)
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices of bfloat16 natively, faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @contextlib.contextmanager

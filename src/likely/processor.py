@@ -1,0 +1,34 @@
+"""What the machine at hand multiplies fast."""
+
+from __future__ import annotations
+
+import torch
+
+
+def _prefers_onednn() -> bool:
+    processor: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return (
+        "AMD" in str(processor.get("cpu_name"))
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch._C, "_are_functorch_transforms_active")
+    )
+
+
+#: Whether oneDNN multiplies large float32 matrices faster than MKL, PyTorch's own choice: on an AMD processor with
+#: AVX-512 MKL uses half of the vector unit.
+ONEDNN = _prefers_onednn()
+#: Multiply-adds of one product from which it does, its call being dearer by 10 µs.
+LARGE = 1 << 20
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices of bfloat16 natively, faster than float32.
+
+    >>> multiplies_bfloat16(torch.device("meta"))
+    False
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
