@@ -53,7 +53,7 @@ from likely.data.sources import EMBEDDED, Source, recognise
 from likely.data.tables import TableForm
 from likely.evaluation import Evaluation, column_nats, evaluate, held_out, tail_probability
 from likely.evaluation.heldout import ExampleNoise, default_batch_size, device_batches, evaluating
-from likely.noise import KeyedNoise
+from likely.noise import KeyedNoise, Noise, TemperedNoise
 from likely.training import TrainOptions, TrainResult, load_weights, save_weights, train
 from likely.training.checkpoints import load_tensors, save_tensors, write_atomically
 
@@ -435,26 +435,33 @@ class Fitted:
 
     # Data out ------------------------------------------------------------------------------------------------
 
-    def sample(self, n: int, *, seed: int = 0, where: Mapping[str, Any] | None = None) -> Any:
+    def sample(
+        self, n: int, *, seed: int = 0, where: Mapping[str, Any] | None = None, temperature: float = 1.0
+    ) -> Any:
         """``n`` examples in the user's own form: a DataFrame, an array, texts.
 
         Args:
             seed: the same seed gives the same examples.
             where: values of columns: of those the model was conditioned on (all of them are needed then), or of any
                 others of a table, which are drawn given these by importance resampling.
+            temperature: below 1 for more usual and less diverse examples, of models whose samples are made of normal
+                noise (flows); at 1 they have the model's own law.
 
         Raises:
-            ValueError: a column or value is unknown, or the condition is not complete.
+            ValueError: a column or value is unknown, or the condition is not complete, or the model draws at
+                temperature 1 only.
         """
-        x, condition = self._sample(n, seed, dict(where or {}))
+        x, condition = self._sample(n, seed, dict(where or {}), temperature)
         return self.schema.to_user(x, condition)
 
-    def _sample(self, n: int, seed: int, where: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _sample(self, n: int, seed: int, where: dict[str, Any], temperature: float) -> tuple[Tensor, Tensor | None]:
         if n < 1:
             raise ValueError(f"n: expected at least one example, got {n}")
         condition = self._condition(where, n)
         if not where:
-            return self._draw(n, condition, seed), condition
+            return self._draw(n, condition, seed, temperature), condition
+        if temperature != 1.0:
+            raise ValueError("temperature: columns that are drawn given others are drawn at temperature 1")
         if not isinstance(self.schema.space, Table):
             raise ValueError(f"where: this data has no columns, got {', '.join(where)}")
         if not self.model.can("impute"):
@@ -470,10 +477,13 @@ class Fitted:
                 pieces.append(drawn.cpu())
         return torch.cat(pieces), condition
 
-    def _draw(self, n: int, condition: Tensor | None, seed: int) -> Tensor:
+    def _draw(self, n: int, condition: Tensor | None, seed: int, temperature: float = 1.0) -> Tensor:
         """``n`` samples, each under its row of the condition where the model has one."""
+        if temperature != 1.0 and not self.model.tempered:
+            raise ValueError(f"temperature: model {self.record['name']!r} draws at temperature 1, got {temperature}")
         with evaluating(self.model) as device:
-            noise = KeyedNoise(seed, torch.arange(n, device=device))
+            noise: Noise = KeyedNoise(seed, torch.arange(n, device=device))
+            noise = noise if temperature == 1.0 else TemperedNoise(noise, temperature)
             return self.model.sample(n, None if condition is None else condition.to(device), noise).cpu()
 
     def impute(
@@ -534,9 +544,17 @@ class Fitted:
             ]
         return torch.cat(parts)
 
-    def write_samples(self, path: str | Path, n: int, *, seed: int = 0, where: Mapping[str, Any] | None = None) -> None:
+    def write_samples(
+        self,
+        path: str | Path,
+        n: int,
+        *,
+        seed: int = 0,
+        where: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
+    ) -> None:
         """Write :meth:`sample` as a file of the fitted data's own kind (``"-"`` is standard output)."""
-        x, condition = self._sample(n, seed, dict(where or {}))
+        x, condition = self._sample(n, seed, dict(where or {}), temperature)
         self.schema.write(x, path, condition)
 
     def write_imputed(

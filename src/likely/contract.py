@@ -395,6 +395,8 @@ class Model(nn.Module):
     closed_form: ClassVar[bool] = False
     #: True where the model accepts a condition.
     conditional: ClassVar[bool] = False
+    #: True where a sample from normal noise that is scaled by T is one at temperature T (``likely.noise.TemperedNoise``).
+    tempered: ClassVar[bool] = False
 
     space: Space
     condition: Space | None

@@ -132,6 +132,59 @@ class StreamNoise:
         return function(total, *shape[1:], generator=self._generator, device=self._device)[start:stop]
 
 
+class TemperedNoise:
+    """Another noise whose normal variates are multiplied by a temperature; the uniform ones are as they were.
+
+    A flow draws f⁻¹(T ε) from it: less spread for T < 1, and no longer the model's law (Kingma & Dhariwal 2018, arXiv
+    1807.03039, section 5).
+
+    >>> noise = TemperedNoise(KeyedNoise(0, torch.tensor([7])), 0.5)
+    >>> bool((noise.normal((1, 3)) == 0.5 * KeyedNoise(0, torch.tensor([7])).normal((1, 3))).all())
+    True
+
+    Args:
+        temperature: T, at least 0.
+    """
+
+    def __init__(self, noise: Noise, temperature: float) -> None:
+        if not 0.0 <= temperature < float("inf"):
+            raise ValueError(f"temperature: expected a number from 0 up, got {temperature}")
+        self._noise, self._temperature = noise, temperature
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return self._temperature * self._noise.normal(shape)
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        return self._noise.uniform(shape)
+
+
+class SharedNoise:
+    """Noise for m rows an example, one after another, taken from noise for one row an example.
+
+    >>> SharedNoise(KeyedNoise(0, torch.tensor([7, 8])), 2, 3).normal((6, 4)).shape
+    torch.Size([6, 4])
+
+    Args:
+        noise: for ``n`` examples.
+        m: rows of each.
+    """
+
+    def __init__(self, noise: Noise, n: int, m: int) -> None:
+        self._noise, self._n, self._m = noise, n, m
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return self._noise.normal((self._n, self._per_example(shape))).reshape(tuple(shape))
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        return self._noise.uniform((self._n, self._per_example(shape))).reshape(tuple(shape))
+
+    def _per_example(self, shape: Sequence[int]) -> int:
+        per_row = 1
+        for size in shape[1:]:
+            per_row *= size
+        return self._m * per_row
+
+
 def torch_generator(noise: Noise, n: int) -> torch.Generator:
     """A ``torch.Generator`` seeded from ``noise``, for laws that no fixed number of variates gives (gamma, Poisson).
 

@@ -347,6 +347,7 @@ class Preprocessed(Model):
         for transform, before in zip(transforms, reversed(spaces)):
             transform.attach(before)
         object.__setattr__(self, "closed_form", model.closed_form)
+        object.__setattr__(self, "tempered", model.tempered)
         self.stochastic = any(transform.stochastic for transform in transforms)
         for ability in self._ABILITIES:
             if not model.can(ability) and not (ability == "log_weights" and self.stochastic):
