@@ -18,6 +18,7 @@ from likely.contract import Binary
 from likely.data.dataset import Dataset
 from likely.evaluation import held_out
 from likely.noise import StreamNoise
+from likely.optim import AdamW, ScheduleFree
 from likely.optim.schedules import learning_rate_factor
 from likely.training import Diverged, TrainOptions, train
 from likely.training.checkpoints import Checkpoints, load_tensors
@@ -297,6 +298,34 @@ def test_wrong_data_are_refused():
         quiet(linear_vae(TRAIN), accumulate=40)
 
 
+def test_schedule_free_run_is_that_of_the_optimiser():
+    """Without momentum of its own, at a constant rate after the warm-up; what is returned is its average x."""
+    options = SHORT.with_changes(steps=20, schedule_free=True, decay="constant", clip_norm=None)
+    trained = quiet(linear_vae(TRAIN), valid_set=None, options=options).model
+
+    model = linear_vae(TRAIN)
+    model.initialise(TRAIN.batches(1024))
+    optimizer = ScheduleFree(AdamW(model.parameters(), 1e-2, (0.0, 0.999), weight_decay=0.0))
+    rows = torch.cat([
+        torch.randperm(len(TRAIN), generator=torch.Generator().manual_seed(Seeds(0, ORDER)(2 * epoch + 1)))
+        for epoch in range(3)
+    ])  # fmt: skip
+    for step in range(20):
+        noise = StreamNoise(torch.Generator().manual_seed(Seeds(0, NOISE)(step)))
+        optimizer.optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, (step + 1) / 5)
+        optimizer.zero_grad()
+        model.loss(TRAIN.x[rows[step * 32 : (step + 1) * 32]], None, noise, step).value.backward()
+        optimizer.step()
+    with optimizer.averaged():
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), trained.parameters(), strict=True))
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), trained.parameters(), strict=True))
+
+
+def test_schedule_free_takes_no_schedule():
+    with pytest.raises(ValueError, match="schedule_free: expected decay='constant' with it, got 'cosine'"):
+        SHORT.with_changes(schedule_free=True)
+
+
 def test_one_example():
     one = gaussian_data(1)
     result = quiet(linear_vae(one), one, one)
@@ -306,10 +335,13 @@ def test_one_example():
 # Stopping and going on ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("optimizer", "step"), [(name, 7 + 4 * i) for i, name in enumerate(OPTIMIZERS)])
+@pytest.mark.parametrize(
+    ("optimizer", "step"), [(name, 7 + 4 * i) for i, name in enumerate([*OPTIMIZERS, "schedule-free"])]
+)
 def test_resumed_run_is_equal_to_the_bit(tmp_path, optimizer, step):
     """Crashes at two instants, one before and one after an evaluation; checkpoints lie before the crash."""
-    options = SHORT.with_changes(optimizer=optimizer, weight_decay=0.01, learning_rate=1e-3, checkpoint_seconds=0.0)
+    free = {"schedule_free": True, "decay": "constant"} if optimizer == "schedule-free" else {"optimizer": optimizer}
+    options = SHORT.with_changes(weight_decay=0.01, learning_rate=1e-3, checkpoint_seconds=0.0, **free)
 
     def go(folder, *callbacks):
         model = linear_vae(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -56,6 +56,18 @@ def make_optimizer(
     if "fused" in accepted and "fused" not in options and not issubclass(kind, UpdateRule) and _fusible(model):
         options["fused"] = True
     return kind(parameter_groups(model, weight_decay), lr=learning_rate, **options)  # type: ignore[call-arg]
+
+
+def without_momentum(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an optimiser that runs schedule-free, which brings a momentum of its own: β₁ = 0 unless one is given.
+
+    >>> without_momentum("adamw", {})
+    {'betas': (0.0, 0.999)}
+    """
+    parameters = inspect.signature(OPTIMIZERS[name].__init__).parameters if name in OPTIMIZERS else {}
+    if "betas" not in parameters or "betas" in options:
+        return dict(options)
+    return {**options, "betas": (0.0, parameters["betas"].default[1])}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

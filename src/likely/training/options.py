@@ -38,6 +38,9 @@ class TrainOptions:
         average: whether averaged weights are evaluated, kept and saved.
         average_fraction: half-life of the average, as a fraction of the steps so far.
         average_half_life: longest half-life of the average in steps, or None.
+        schedule_free: whether the optimiser runs inside :class:`likely.optim.ScheduleFree`, whose average takes the
+            place of the one above and of a decay of the learning rate: ``decay`` must be ``constant``.  The Adam family
+            then has β₁ = 0 unless ``optimizer_options`` say otherwise.
         evaluate_every: steps between evaluations on the held-out set; by default about fifty in a run.
         evaluate_examples: at most so many held-out examples are used during training, or None for all.
         evaluate_batch_size: examples in a batch of an evaluation.
@@ -69,6 +72,7 @@ class TrainOptions:
     average: bool = True
     average_fraction: float = 0.05
     average_half_life: float | None = None
+    schedule_free: bool = False
     evaluate_every: int | None = None
     evaluate_examples: int | None = 10_000
     evaluate_batch_size: int = 500
@@ -102,6 +106,8 @@ class TrainOptions:
             raise ValueError(f"average_fraction: expected a number between 0 and 1, got {self.average_fraction!r}")
         if self.decay not in get_args(Decay):
             raise ValueError(f"decay: expected one of {', '.join(get_args(Decay))}, got {self.decay!r}")
+        if self.schedule_free and self.decay != "constant":
+            raise ValueError(f"schedule_free: expected decay='constant' with it, got {self.decay!r}")
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision: expected one of {', '.join(get_args(Precision))}, got {self.precision!r}")
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from likely.contract import Model
 from likely.data.dataset import Dataset
 from likely.noise import Noise, StreamNoise
-from likely.optim.averaging import Average, power
+from likely.optim.averaging import Average, ScheduleFree, power
 from likely.optim.clipping import clip_by_global_norm
 from likely.optim.frame import UpdateRule
 from likely.optim.schedules import learning_rate_factor
@@ -23,7 +23,7 @@ from likely.processor import multiplies_bfloat16
 from likely.training import diagnosis
 from likely.training.checkpoints import flatten, unflatten
 from likely.training.feeding import Feeder
-from likely.training.optimizers import MakeOptimizer, make_optimizer, parameter_groups
+from likely.training.optimizers import MakeOptimizer, make_optimizer, parameter_groups, without_momentum
 from likely.training.options import TrainOptions
 from likely.training.processes import LossModule, Processes
 from likely.training.seeds import DROPOUT, INITIALISE, NOISE, Seeds
@@ -67,8 +67,11 @@ class Stepper:
         if make_custom_optimizer is not None:
             self.optimizer = make_custom_optimizer(parameter_groups(model, options.weight_decay))
         else:
+            own = options.optimizer_options
+            if options.schedule_free:
+                own = without_momentum(options.optimizer, own)
             self.optimizer = make_optimizer(
-                options.optimizer, model, options.learning_rate, options.weight_decay, **options.optimizer_options
+                options.optimizer, model, options.learning_rate, options.weight_decay, **own
             )
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.feeder = Feeder(data, options.seed, self.device)
@@ -78,6 +81,7 @@ class Stepper:
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
         self.averages: Average | None = None
+        self.schedule_free: ScheduleFree | None = None
 
     def start(self) -> None:
         """Make ready for steps, once the weights have been initialised (or will be restored)."""
@@ -92,7 +96,9 @@ class Stepper:
         self._autocast = options.precision == "bfloat16" or (
             options.precision == "auto" and multiplies_bfloat16(self.device)
         )
-        if options.average:
+        if options.schedule_free:
+            self.schedule_free = ScheduleFree(self.optimizer)
+        elif options.average:
             self.averages = Average(self.parameters, power(options.average_fraction, options.average_half_life))
 
     def _unused_parameters(self) -> bool:
@@ -160,7 +166,7 @@ class Stepper:
             group["lr"] = rate * factor
         if options.clip_norm is not None:
             clip_by_global_norm(self.parameters, options.clip_norm)
-        self.optimizer.step()
+        (self.schedule_free or self.optimizer).step()
         if self.averages is not None:
             self.averages.update(step + 1)
 
@@ -219,6 +225,8 @@ class Stepper:
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within the context the model has its averaged weights."""
+        if self.schedule_free is not None:
+            return self.schedule_free.averaged()
         return self.averages.applied() if self.averages is not None else contextlib.nullcontext()
 
     def averaged_weights(self) -> dict[str, Tensor]:
@@ -237,7 +245,7 @@ class Stepper:
             tensors |= {f"average.{i}": value for i, value in enumerate(self.averages.values)}
         own = {name: float(total) for name, total in self._sums.items()}
         return {
-            "optimizer": flatten(self.optimizer.state_dict(), tensors, "optimizer"),
+            "optimizer": flatten((self.schedule_free or self.optimizer).state_dict(), tensors, "optimizer"),
             "sums": self.processes.gather(own) if together else [{}] * self.processes.count,
             "summed": self._summed,
         }
@@ -250,7 +258,11 @@ class Stepper:
         if self.averages is not None:
             for i, average in enumerate(self.averages.values):
                 average.copy_(tensors[f"average.{i}"])
-        _restore_optimizer(self.optimizer, unflatten(values["optimizer"], tensors))
+        state = unflatten(values["optimizer"], tensors)
+        if self.schedule_free is not None:
+            self.schedule_free.load_state_dict(state)
+        else:
+            _restore_optimizer(self.optimizer, state)
         self._sums, self._summed = {}, values["summed"]
         sums: Sequence[dict[str, float]] = values["sums"]
         if len(sums) == self.processes.count:
@@ -352,7 +364,7 @@ class CompiledLoss:
 class _Noting:
     """Noise that notes what is asked for."""
 
-    def __init__(self, noise: Noise) -> None:
+    def __init__(self, noise: StreamNoise) -> None:
         self._noise = noise
         self.wanted: list[tuple[str, tuple[int, ...]]] = []
 
@@ -363,6 +375,10 @@ class _Noting:
     def uniform(self, shape: Sequence[int]) -> Tensor:
         self.wanted.append(("uniform", tuple(shape)))
         return self._noise.uniform(shape)
+
+    def stratified(self, shape: Sequence[int]) -> Tensor:
+        self.wanted.append(("stratified", tuple(shape)))
+        return self._noise.stratified(shape)
 
 
 class _Drawn:
@@ -379,4 +395,4 @@ class _Drawn:
             raise ValueError("compile: expected a model that asks for the same noise in every step; use compile=False")
         return variate
 
-    uniform = normal
+    uniform = stratified = normal
