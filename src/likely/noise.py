@@ -123,6 +123,13 @@ class StreamNoise:
     def uniform(self, shape: Sequence[int]) -> Tensor:
         return self._draw(torch.rand, shape).clamp_(min=2.0**-25)  # torch.rand may return 0, which has no logarithm
 
+    def stratified(self, shape: Sequence[int]) -> Tensor:
+        """Uniform variates that cover (0, 1) evenly over the examples of the global batch: (U + i/B) mod 1."""
+        start, stop, total = self._rows or (0, shape[0], shape[0])
+        shift = torch.rand(1, *shape[1:], generator=self._generator, device=self._device)
+        places = torch.arange(start, stop, device=self._device).reshape(-1, *[1] * (len(shape) - 1)) / total
+        return ((shift + places) % 1.0).clamp_(min=2.0**-25)
+
     def _draw(self, function, shape: Sequence[int]) -> Tensor:  # type: ignore[no-untyped-def]
         if self._rows is None:
             return function(*shape, generator=self._generator, device=self._device)

@@ -42,7 +42,7 @@ from likely.distributions.logistic import log_level
 from likely.distributions.pixel import LogMass, PixelBernoulli, PixelLaw, PixelMixture
 from likely.networks import Features, Linear, full_precision
 from likely.networks.causal import CausalPatch, ResidualRows
-from likely.noise import Noise
+from likely.noise import Noise, SharedNoise
 
 if TYPE_CHECKING:
     from likely.coding.sequential import SequentialCodec
@@ -361,7 +361,7 @@ class PixelCNN(Model):
         self._check_order(x)
         noise, n = noise_or_global(noise, x), len(x)
         m = draws or samples
-        shared = _SharedNoise(noise, n, m)
+        shared = SharedNoise(noise, n, m)
         known = x.to(self.fill.dtype).repeat_interleave(m, 0)
 
         def choose(c: int, i: int, j: int, law: Distribution) -> Tensor:
@@ -424,16 +424,3 @@ class PixelCNN(Model):
         if condition is None or self.condition_features is None or self.context is None:
             return None
         return self.context(self.condition_features(condition, self.fill.dtype).flatten(1))
-
-
-class _SharedNoise:
-    """Noise for m rows an example, taken from noise for one."""
-
-    def __init__(self, noise: Noise, n: int, m: int) -> None:
-        self._noise, self._n, self._m = noise, n, m
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        return self._noise.normal((self._n, self._m * math.prod(shape[1:]))).reshape(tuple(shape))
-
-    def uniform(self, shape: Sequence[int]) -> Tensor:
-        return self._noise.uniform((self._n, self._m * math.prod(shape[1:]))).reshape(tuple(shape))

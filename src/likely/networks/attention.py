@@ -1,0 +1,114 @@
+"""Attention among the tokens of a sequence, with rotary positions and a cache of keys and values.
+
+    y_i = Σ_j softmax_j(q_i · k_j / √d) v_j               (Vaswani et al. 2017, arXiv 1706.03762, eq. 1)
+    q_i ← R_i q_i,  k_j ← R_j k_j,  R_t = diag of turns by t θ_f,  θ_f = 10000^(−2f/d)
+                                                          (Su et al. 2021, RoFormer, arXiv 2104.09864, eqs. 14–16)
+
+In causal attention j ≤ i, so that keys and values of earlier tokens never change: a :class:`Cache` keeps them, and the
+next token costs one row.  All operations have a rule in :mod:`likely.exact`, where a step with the cache gives what the
+whole sequence gives, to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from likely.exact import functions
+from likely.networks.linear import Linear
+
+
+def rotations(length: int, width: int) -> Tensor:
+    """cos t θ_f and sin t θ_f for t < ``length`` and f < ``width`` / 2, float64: shape ``(2, length, width / 2)``.
+
+    A machine's own cosine rounds its own way; this is made of sums and products alone, and has the same bits on every
+    machine.
+
+    >>> [round(v, 4) for v in rotations(3, 4)[:, 2].flatten().tolist()]  # cos 2, cos 0.02, sin 2, sin 0.02
+    [-0.4161, 0.9998, 0.9093, 0.02]
+    """
+
+    def number(value: float) -> Tensor:  # a tensor, so that every division is one
+        return torch.full((width // 2,), value, dtype=torch.float64)
+
+    exponent = torch.arange(0, width, 2, dtype=torch.float64) / number(width)
+    theta = functions.exp(-exponent * functions.log(number(1e4)))
+    square, cos, sin = theta * theta, number(1.0), number(1.0)
+    for k in range(20, 0, -2):  # Taylor's series from its end; θ ≤ 1
+        cos = number(1.0) - square * cos / number(k * (k - 1))
+        sin = number(1.0) - square * sin / number(k * (k + 1))
+    turn = torch.stack([cos, sin * theta])
+    table = torch.stack([number(1.0), number(0.0)])[:, None]
+    while table.shape[1] < length:  # twice as many: the same turns after the turn that comes next
+        table = torch.cat([table, _turned(table, turn[:, None])], 1)
+        turn = _turned(turn, turn)
+    return table[:, :length]
+
+
+def _turned(a: Tensor, b: Tensor) -> Tensor:
+    """Products of complex numbers, real and imaginary parts along the first axis."""
+    return torch.stack([a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]])
+
+
+class Cache:
+    """Keys and values of the tokens so far, of one attention layer: shapes ``(n, heads, length, d)``."""
+
+    def __init__(self, n: int, heads: int, length: int, width: int, like: Tensor) -> None:
+        self.keys = like.new_zeros(n, heads, length, width)
+        self.values = like.new_zeros(n, heads, length, width)
+        self.size = 0
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the next tokens, shape ``(n, heads, tokens, d)``; all so far."""
+        stop = self.size + keys.shape[2]
+        self.keys[:, :, self.size : stop] = keys
+        self.values[:, :, self.size : stop] = values
+        self.size = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class Attention(nn.Module):
+    """Self-attention with several heads.
+
+    Args:
+        width: features of a token.
+        heads: of ``width`` / ``heads`` features each, an even number.
+        causal: whether a token sees none that comes after it.
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        if heads < 1 or width % (2 * heads):
+            raise ValueError(f"heads: expected a number that divides half the width, {width} / 2, got {heads}")
+        self.heads, self.causal = heads, causal
+        self.qkv = Linear(width, 3 * width)
+        self.output = Linear(width, width)
+        nn.init.normal_(self.qkv.weight, std=1.0 / math.sqrt(width))
+        nn.init.zeros_(self.qkv.bias)
+
+    def forward(self, x: Tensor, rotation: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+        """Shape ``(n, tokens, width)`` to the same.
+
+        Args:
+            rotation: of these tokens, from :func:`rotations`: shape ``(2, tokens, d / 2)``.
+            cache: what came before; one token at a time.
+            mask: True where a query may see a key, shape broadcast to ``(n, heads, queries, keys)``.
+        """
+        n, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        cos, sin = rotation.unbind(0)
+        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        causal = self.causal and cache is None and mask is None
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        return self.output(y.transpose(1, 2).reshape(n, tokens, width))
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair of features (f, f + d/2) turned by its token's angle."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
