@@ -1,11 +1,37 @@
 """Invertible maps with the log-determinants of their Jacobians; usable alone.
 
 Every map leads from data to base: ``forward(x, context=None)`` gives z and log |det ∂z/∂x|, ``inverse`` leads back.
+A flow is a :class:`Chain`.  An elementwise transform (:class:`Affine`, :class:`Spline`, …) and what gives it its
+numbers (:class:`Autoregressive`, :class:`Coupling`, :class:`Conditioned`, :class:`Unconditional`) are chosen
+independently.
 """
 
 from __future__ import annotations
 
 from likely.bijections.bijection import Bijection, Chain, Inverse, NoInverse
+from likely.bijections.conditioners import Autoregressive, Conditioned, Coupling, Unconditional, VectorNetwork
+from likely.bijections.elementwise import Additive, Affine, Elementwise, Logit, Sigmoid, SinhArcsinh, Softplus
 from likely.bijections.permutations import Permutation, Reverse
+from likely.bijections.spline import Spline
 
-__all__ = ["Bijection", "Chain", "Inverse", "NoInverse", "Permutation", "Reverse"]
+__all__ = [
+    "Additive",
+    "Affine",
+    "Autoregressive",
+    "Bijection",
+    "Chain",
+    "Conditioned",
+    "Coupling",
+    "Elementwise",
+    "Inverse",
+    "Logit",
+    "NoInverse",
+    "Permutation",
+    "Reverse",
+    "Sigmoid",
+    "SinhArcsinh",
+    "Softplus",
+    "Spline",
+    "Unconditional",
+    "VectorNetwork",
+]

@@ -8,6 +8,7 @@ other is a slice of every layer: drawing all features costs as much arithmetic a
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Sequence
 
@@ -53,10 +54,10 @@ class MaskedMLP(nn.Module):
     >>> network = MaskedMLP(3, 2, (16, 16), order=[2, 0, 1])
     >>> x = torch.randn(4, 3)
     >>> network(x).shape
-    torch.Size([4, 3, 2])
+    torch.Size([2, 4, 3])
     >>> walk = network.walk(4)
     >>> steps = [next(walk), walk.send(x[:, 2]), walk.send(x[:, 0])]
-    >>> torch.allclose(torch.stack(steps, 1), network(x)[:, [2, 0, 1]], atol=1e-6)
+    >>> torch.allclose(torch.stack(steps, 2), network(x)[:, :, [2, 0, 1]], atol=1e-6)
     True
 
     Args:
@@ -92,35 +93,36 @@ class MaskedMLP(nn.Module):
         lowest = 0 if context or features == 1 else 1
         self.degrees = [_degrees(lowest, features - 1, width) for width in hidden]
         steps = [[p + 1 for p in place], *self.degrees]
-        self.layers = nn.ModuleList([MaskedLinear(a, b) for a, b in zip(steps, steps[1:])])
+        self.layers = nn.ModuleList([MaskedLinear(a, b) for a, b in itertools.pairwise(steps)])
         self.context = Linear(context, hidden[0], bias=False) if context else None
-        self.output = MaskedLinear(steps[-1], [p for p in place for _ in range(out_per_feature)])
+        self.output = MaskedLinear(steps[-1], place * out_per_feature)
         self.activation = make_activation(activation)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Numbers for every feature: shape ``(batch, features, out_per_feature)``."""
-        h = self.layers[0](x)
+        """Numbers for every feature: shape ``(out_per_feature, batch, features)``, in memory the examples last."""
+        first, *others = self.layers
+        h = first(x)
         if self.context is not None:
             assert context is not None
             h = h + self.context(context)
         h = self.activation(h)
-        for layer in list(self.layers)[1:]:
+        for layer in others:
             new = self.activation(layer(h))
             h = h + new if self.residual else new
-        return self.output(h).unflatten(1, (self.features, self.out_per_feature))
+        return examples_last(h, self.output.masked_weight(), self.output.bias, self.out_per_feature)
 
     def walk(self, n: int, context: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
-        """The numbers for the features in their order, shape ``(n, out_per_feature)`` each; every unit is computed once.
+        """Numbers for the features in their order, ``(out_per_feature, n)`` each; no unit is computed twice.
 
         The value of the feature, shape ``(n,)``, is sent before the numbers for the next one are given.
         """
-        layers = [layer.masked_weight() for layer in self.layers]  # type: ignore[operator]
-        layers[0] = layers[0][:, self.order]  # the inputs in the order of their arrival
-        biases = [layer.bias.unsqueeze(1) for layer in self.layers]
+        weights = [layer.masked_weight() for layer in self.layers]  # type: ignore[operator]
+        weights[0] = weights[0][:, self.order]  # the inputs in the order of their arrival
+        biases = [layer.bias.unsqueeze(1) for layer in self.layers]  # type: ignore[operator, union-attr]
         shift = self.context(context).t() if self.context is not None else None
-        output = self.output.masked_weight().unflatten(0, (self.features, -1))
-        output_bias = self.output.bias.unflatten(0, (self.features, -1))
-        rows = [_Rows(self.features, n, output)] + [_Rows(len(w), n, output) for w in layers]  # units × examples
+        output = self.output.masked_weight().unflatten(0, (self.out_per_feature, self.features))
+        output_bias = self.output.bias.unflatten(0, (self.out_per_feature, self.features))
+        rows = [_Rows(self.features, n, output)] + [_Rows(len(w), n, output) for w in weights]  # units × examples
         for place, feature in enumerate(self.order):
             for i, degrees in enumerate(self.degrees):
                 start, stop = bisect_left(degrees, place), bisect_right(degrees, place)
@@ -129,7 +131,7 @@ class MaskedMLP(nn.Module):
                 new = biases[i][start:stop]
                 below = rows[i].known
                 if len(below):
-                    new = torch.addmm(new, layers[i][start:stop, : len(below)], below)
+                    new = torch.addmm(new, weights[i][start:stop, : len(below)], below)
                 if i == 0 and shift is not None:
                     new = new + shift[start:stop]
                 new = self.activation(new)
@@ -137,12 +139,18 @@ class MaskedMLP(nn.Module):
                     new = new + below[start:stop]
                 rows[i + 1].append(new.expand(-1, n))
             known = rows[-1].known
-            numbers = output_bias[feature].unsqueeze(1)
+            numbers = output_bias[:, feature].unsqueeze(1)
             if len(known):
-                numbers = torch.addmm(numbers, output[feature][:, : len(known)], known)
-            value = yield numbers.expand(-1, n).t()
-            if value is not None:
-                rows[0].append(value.unsqueeze(0))
+                numbers = torch.addmm(numbers, output[:, feature, : len(known)], known)
+            rows[0].append((yield numbers.expand(-1, n)).unsqueeze(0))
+
+
+def examples_last(h: Tensor, weight: Tensor, bias: Tensor, numbers: int) -> Tensor:
+    """An output layer h Wᵀ + b of shape ``(numbers, batch, cells)``, which lies in memory as (numbers, cells, batch).
+
+    What is done to one number of all cells, or to all examples of one cell, then runs along contiguous memory.
+    """
+    return (affine(weight, h, None) + bias.unsqueeze(1)).unflatten(0, (numbers, -1)).transpose(1, 2)
 
 
 class _Rows:

@@ -1,0 +1,239 @@
+"""What gives an elementwise transform its numbers: nothing, a context, half of the cells, or the cells before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from likely.bijections.bijection import Bijection
+from likely.bijections.elementwise import Elementwise
+from likely.networks.linear import Linear
+from likely.networks.masked import MaskedMLP, examples_last
+from likely.networks.mlp import MLP, ResidualMLP
+
+#: Factor on the initial weights of the layer that gives the numbers: the map starts near that of zero numbers.
+_START = 0.1
+
+
+class Unconditional(Bijection):
+    """A transform with numbers of its own for every cell, whatever the others are.
+
+    >>> from likely.bijections import Sigmoid
+    >>> Unconditional(Sigmoid(), (2,))(torch.zeros(1, 2))
+    (tensor([[0.5000, 0.5000]]), tensor([-2.7726]))
+
+    Args:
+        shape: shape of an example.
+    """
+
+    def __init__(self, transform: Elementwise, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.transform = transform
+        self.numbers = nn.Parameter(torch.zeros(transform.numbers, 1, *shape)) if transform.numbers else None
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _summed(self.transform.forward(x, self._numbers(x)))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _summed(self.transform.inverse(z, self._numbers(z)))
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        if self.numbers is None:
+            return x.new_empty(0, *x.shape)
+        return self.numbers.expand(-1, *x.shape)
+
+
+class Conditioned(Bijection):
+    """A transform whose numbers a network makes of the context.
+
+    Args:
+        shape: shape of an example.
+        context: width of the context.
+        hidden: widths of the network's hidden layers.
+    """
+
+    def __init__(
+        self,
+        transform: Elementwise,
+        shape: Sequence[int],
+        context: int,
+        hidden: Sequence[int] = (64, 64),
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.transform, self.shape = transform, tuple(shape)
+        self.network = VectorNetwork(0, math.prod(shape), transform.numbers, hidden, context, activation)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_to(self.transform.forward, x, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_to(self.transform.inverse, z, context)
+
+    def _apply_to(self, function: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        flat = x.flatten(1)
+        z, log_slope = function(flat.t(), self.network(flat[:, :0], context).transpose(1, 2))
+        return z.t().reshape(x.shape), log_slope.sum(0)
+
+
+class VectorNetwork(nn.Module):
+    """Numbers for some cells of a vector, made of others and a context: shape ``(numbers, batch, cells)``.
+
+    Args:
+        known: cells that it sees.
+        cells: cells that it makes numbers for.
+        numbers: how many for each.
+        hidden: widths of its layers.
+        context: width of the context, 0 if there is none.
+        residual: whether it is a residual network.
+    """
+
+    def __init__(
+        self,
+        known: int,
+        cells: int,
+        numbers: int,
+        hidden: Sequence[int],
+        context: int = 0,
+        activation: str = "relu",
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        self.numbers, self.has_context = numbers, context > 0
+        body = ResidualMLP if residual else MLP
+        self.body = body(known + context, hidden, activation) if known + context else None
+        width = self.body.out_features if self.body is not None else 0
+        self.output = Linear(width, numbers * cells)
+        start_small(self.output)
+
+    def forward(self, known: Tensor, context: Tensor | None = None) -> Tensor:
+        if self.has_context:
+            if context is None:
+                raise ValueError("context: this bijection was built with one, got None")
+            known = torch.cat([known, context], 1)
+        h = known if self.body is None else self.body(known)
+        return examples_last(h, self.output.weight, self.output.bias, self.numbers)
+
+
+class Coupling(Bijection):
+    """Some cells as they are, the others through a transform whose numbers a network makes of the former.
+
+    Dinh, Sohl-Dickstein & Bengio 2017 (RealNVP, arXiv 1605.08803).
+
+    >>> from likely.bijections import Affine
+    >>> coupling = Coupling(Affine(), [True, False, False])
+    >>> x = torch.randn(5, 3)
+    >>> z, log_det = coupling(x)
+    >>> torch.equal(z[:, 0], x[:, 0]), torch.allclose(coupling.inverse(z)[0], x, atol=1e-6)
+    (True, True)
+
+    Args:
+        mask: true for what stays.  Over the first axis of an example (features of a vector, channels of a map), or of
+            the whole shape of an example (a checkerboard).
+        network: a module ``(known, context) -> numbers``; by default a :class:`VectorNetwork`, for vectors.  For a mask
+            over the first axis it is shown the kept channels, and gives ``(batch, numbers · changed channels, …)``,
+            the first number of all channels first.  For a mask over the whole shape it is shown x with 0 for what is
+            changed, and gives numbers for all channels.
+        options: of the default network: ``hidden``, ``context``, ``activation``, ``residual``.
+    """
+
+    mask: Tensor
+    kept: Tensor
+    changed: Tensor
+    back: Tensor
+
+    def __init__(
+        self, transform: Elementwise, mask: Sequence[bool] | Tensor, network: nn.Module | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        mask = torch.as_tensor(mask).bool()
+        if not mask.any() or mask.all():
+            raise ValueError("mask: expected both kept and changed cells, got cells of one kind only")
+        if network is not None and options:
+            raise ValueError(f"options: expected none beside a network, got {sorted(options)}")
+        self.transform, self.whole = transform, mask.dim() > 1
+        kept, changed = mask.flatten().nonzero().flatten(), (~mask).flatten().nonzero().flatten()
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("changed", changed, persistent=False)
+        self.register_buffer("back", torch.cat([kept, changed]).argsort(), persistent=False)
+        self.on_vectors = network is None
+        if network is None:
+            if self.whole:
+                raise ValueError("network: expected one for a mask over several axes")
+            network = VectorNetwork(len(kept), len(changed), transform.numbers, **{"hidden": (64, 64), **options})
+        self.network = network
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_to(self.transform.forward, x, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_to(self.transform.inverse, z, context)
+
+    def _apply_to(self, function: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.whole:
+            numbers = self.network(x.masked_fill(~self.mask, 0.0), context)
+            z, log_slope = function(x, numbers.unflatten(1, (self.transform.numbers, -1)).transpose(0, 1))
+            return torch.where(self.mask, x, z), log_slope.masked_fill(self.mask, 0.0).flatten(1).sum(1)
+        if self.on_vectors:
+            columns = x.t()
+            known, free = columns.index_select(0, self.kept), columns.index_select(0, self.changed)
+            z, log_slope = function(free, self.network(known.t(), context).transpose(1, 2))
+            return torch.cat([known, z]).index_select(0, self.back).t(), log_slope.sum(0)
+        known, free = x.index_select(1, self.kept), x.index_select(1, self.changed)
+        numbers = self.network(known, context).unflatten(1, (self.transform.numbers, -1)).transpose(0, 1)
+        z, log_slope = function(free, numbers)
+        return torch.cat([known, z], 1).index_select(1, self.back), log_slope.flatten(1).sum(1)
+
+
+class Autoregressive(Bijection):
+    """A transform of every cell with numbers that a masked network makes of the cells before it (and the context).
+
+    Papamakarios, Pavlakou & Murray 2017 (MAF, arXiv 1705.07057).  Data to base takes one evaluation of the network;
+    the way back goes cell by cell, and computes every unit of the network once.  Its
+    :class:`~likely.bijections.Inverse` is the inverse autoregressive flow (Kingma et al. 2016, arXiv 1606.04934).
+
+    Args:
+        features: number of cells; examples of another shape are flattened.
+        options: of the :class:`~likely.networks.MaskedMLP`: ``hidden``, ``context``, ``order``, ``activation``,
+            ``residual``.
+    """
+
+    def __init__(self, transform: Elementwise, features: int, **options: Any) -> None:
+        super().__init__()
+        self.transform = transform
+        self.network = MaskedMLP(features, transform.numbers, **{"hidden": (64, 64), **options})
+        start_small(self.network.output)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        flat = x.flatten(1)
+        numbers = self.network(flat, context).transpose(1, 2)
+        z, log_slope = self.transform.forward(flat.t().contiguous(), numbers)
+        return z.t().reshape(x.shape), log_slope.sum(0)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        columns = z.flatten(1).t().contiguous()
+        walk = self.network.walk(len(z), context)
+        order = self.network.order
+        numbers, found, log_det = next(walk), {}, z.new_zeros(len(z))
+        for place, feature in enumerate(order):
+            x, log_slope = self.transform.inverse(columns[feature], numbers)
+            found[feature], log_det = x, log_det + log_slope
+            if place + 1 < len(order):
+                numbers = walk.send(x)
+        return torch.stack([found[i] for i in range(len(order))], 1).reshape(z.shape), log_det
+
+
+def start_small(layer: nn.Linear) -> None:
+    """Bring a layer that gives numbers near zero, where transforms are mild."""
+    with torch.no_grad():
+        layer.weight.mul_(_START)
+        layer.bias.zero_()
+
+
+def _summed(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return found[0], found[1].flatten(1).sum(1)
