@@ -34,14 +34,14 @@ class Linear(nn.Linear):
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b, by the faster library where the product is large and plain."""
-    if ONEDNN and x.numel() * weight.shape[0] >= LARGE and _is_plain(x, weight):
+    if ONEDNN and x.numel() * weight.shape[0] >= LARGE and is_plain(x, weight):
         if x.dim() == 2:
             return _Affine.apply(x, weight, bias)
         return _Affine.apply(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], len(weight))
     return F.linear(x, weight, bias)
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
+def is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether x and the weights are float32 on the CPU, and nothing transforms the computation.
 
     Compilation, autocast and ``torch.func`` have rules for PyTorch's own layer only.
