@@ -395,7 +395,10 @@ class Model(nn.Module):
     closed_form: ClassVar[bool] = False
     #: True where the model accepts a condition.
     conditional: ClassVar[bool] = False
-    #: True where a sample from normal noise that is scaled by T is one at temperature T (``likely.noise.TemperedNoise``).
+    #: True where a missing cell is information, so that the bound of a row with holes is one on log p(observed cells |
+    #: which cells are observed), and not on their marginal under the law of complete rows.
+    reads_holes: ClassVar[bool] = False
+    #: True where a sample from normal noise scaled by T is one at temperature T (``likely.noise.TemperedNoise``).
     tempered: ClassVar[bool] = False
 
     space: Space
