@@ -41,7 +41,9 @@ def test_a_plain_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "compress", [gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress], ids=str
+    "compress",
+    [gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress],
+    ids=["gzip", "bz2", "lzma", "zstd"],
 )
 def test_compression_is_known_by_content_whatever_the_name(tmp_path, compress):
     (tmp_path / "a.csv").write_bytes(compress(PLAIN.encode()))
@@ -338,7 +340,9 @@ def test_filling_holes_leaves_all_else_to_the_letter(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "compress", [gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress], ids=str
+    "compress",
+    [gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress],
+    ids=["gzip", "bz2", "lzma", "zstd"],
 )
 def test_damaged_files_are_named(tmp_path, compress):
     whole = compress((PLAIN + "9,Ulm,1.00\n" * 20_000).encode())
