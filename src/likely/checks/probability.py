@@ -61,7 +61,8 @@ def _joined(found: Sequence[str | None]) -> str:
 def missing_cells(case: Case) -> str:
     """With cells missing, the bound is one on the marginal of the observed cells: its mass over them is 1 (at most 1).
 
-    An exact model's marginals are also compared with its own joint distribution, summed over the missing cells.
+    An exact model's marginals are also compared with its own joint distribution, summed over the missing cells, unless
+    missing cells are information to it (``reads_holes``): then rows with holes have a law of their own.
     """
     cells, stage = cells_of(case.space), case.stages[0]
     holes = [j for j, cell in enumerate(cells) if cell.missing]
@@ -79,7 +80,7 @@ def missing_cells(case: Case) -> str:
         if stage.precise.can("log_weights"):
             weights = weigh(stage.precise, points.x, condition, case.seed)
             found.append(_hold_mass(points, weights, f"{where}importance weights: "))
-        elif bounds.kind == "exact" and stage.points.replicates == 1:
+        elif bounds.kind == "exact" and stage.points.replicates == 1 and not case.cls.reads_holes:
             _hold_marginal(stage, torch.tensor(observed), points.x, bounds, where)
     return _joined(found)
 
@@ -336,7 +337,7 @@ def imputation(case: Case) -> str:
     gain, error = mean_and_error(seeing - nats(_blindly_filled(x)))
     require(gain > -SIGMAS * error, f"imputations are less likely than blind ones: {gain:.4f} ± {error:.4f} nats")
     detail = f"{gain:.4f} ± {error:.4f} nats above blind imputation"
-    if stage.bounds[0].kind == "exact" and stage.points.replicates == 1:
+    if stage.bounds[0].kind == "exact" and stage.points.replicates == 1 and not case.cls.reads_holes:
         detail += "; " + _imputed_frequencies(case, stage)
     return detail
 

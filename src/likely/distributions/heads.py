@@ -72,6 +72,10 @@ class Head(nn.Module):
             flat = flat.reshape(*context.shape[:-1], *self.space.shape, self.per_cell)
         return flat.squeeze(-1) if self.per_cell == 1 else flat
 
+    def cell_of_number(self) -> list[int]:
+        """For every number of the output layer the flattened cell that it belongs to."""
+        return [cell for cell in range(self.space.dims) for _ in range(self.per_cell)]
+
     def forward(self, context: Tensor) -> Distribution:
         raise NotImplementedError
 
@@ -346,6 +350,10 @@ class TableHead(Head):
         self.per_column = 3 * components + slots
         outputs = sum(self.levels) + len(columns) * self.per_column
         self.output = glorot(Linear(context_shape[0], outputs))
+
+    def cell_of_number(self) -> list[int]:
+        coded = [j for j, levels in zip(self.coded, self.levels) for _ in range(levels)]
+        return coded + [j for j in self.numeric for _ in range(self.per_column)]
 
     @torch.no_grad()
     def set_atoms(self, values: Tensor) -> None:

@@ -117,6 +117,12 @@ def _activation(make: Callable[..., Curve]) -> Callable[..., nn.Module]:
     return lambda layer, setting: Activation(make(layer), setting.profile)
 
 
+def _weight(layer: nn.Linear) -> Tensor:
+    """The weight that the layer multiplies by, which is not its parameter where it is masked."""
+    masked = getattr(layer, "masked_weight", None)
+    return layer.weight if masked is None else masked()
+
+
 _AS_THEY_ARE: tuple[type[nn.Module], ...] = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Threshold),
     *(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.MaxPool1d, nn.MaxPool2d),
@@ -126,7 +132,7 @@ _AS_THEY_ARE: tuple[type[nn.Module], ...] = (
 
 #: The maker of the rule of each type of layer: ``maker(layer, setting) -> module``.
 RULES: dict[type[nn.Module], Callable[[Any, Setting], nn.Module]] = {
-    nn.Linear: lambda layer, setting: affine(layer.weight, layer.bias, setting.profile),
+    nn.Linear: lambda layer, setting: affine(_weight(layer), layer.bias, setting.profile),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d), _convolution),
     nn.MultiheadAttention: lambda layer, setting: attention.MultiheadAttention(layer, setting.profile),
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), lambda layer, setting: Normalisation(layer, setting.profile)),

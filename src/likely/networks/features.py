@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,16 @@ class Features(nn.Module):
             self.shape = (2 * space.shape[0], *space.shape[1:])
         else:
             self.shape = space.shape
+
+    def cell_of_feature(self) -> list[int]:
+        """For every flattened feature the flattened cell that it speaks of."""
+        if self.columns:
+            width = self.embedding.embedding_dim if self.embedding is not None else 0
+            return [*self.numeric, *self.numeric, *(j for j in self.coded for _ in range(width))]
+        cells = list(range(self.space.dims))
+        if self.embedding is not None:
+            return [j for j in cells for _ in range(self.embedding.embedding_dim)]
+        return cells + cells if self.space.missing else cells
 
     @torch.no_grad()
     def initialise(self, batches: Batches, of_condition: bool = False) -> None:
@@ -113,3 +125,53 @@ class Features(nn.Module):
             codes = torch.where(torch.isnan(codes), self.absent_codes.to(codes), codes).long()
             pieces.append(self.embedding(codes + self.starts).flatten(1))
         return torch.cat(pieces, 1)
+
+
+class PiecewiseLinear(nn.Module):
+    """Numeric cells as how far they have come through each of several parts of their values (Gorishniy et al. 2022).
+
+    Feature k of a cell is 0 below part k, 1 above it and linear within; the parts hold equally many training values
+    (arXiv 2203.05556, section 3.2).  A missing cell has zeros.
+
+    >>> encoding = PiecewiseLinear(1, parts=2)
+    >>> encoding.initialise([torch.tensor([[0.0], [1.0], [2.0], [3.0], [8.0]])])
+    >>> encoding(torch.tensor([[1.0], [8.0]]), torch.float32)
+    tensor([[0.5000, 0.0000],
+            [1.0000, 1.0000]])
+
+    Args:
+        cells: number of cells.
+        parts: number of parts.
+    """
+
+    edges: Tensor
+
+    def __init__(self, cells: int, parts: int) -> None:
+        super().__init__()
+        self.cells, self.parts = cells, parts
+        edges = torch.linspace(-2.0, 2.0, parts + 1, dtype=torch.float64) if parts else torch.zeros(1)
+        self.register_buffer("edges", edges.double().expand(cells, -1).clone())
+
+    @torch.no_grad()
+    def initialise(self, batches: Iterable[Tensor], most: int = 100_000) -> None:
+        """Set the parts from a pass over batches ``(batch, cells)``, of which at most ``most`` rows are kept."""
+        kept, rows = [], 0
+        for x in batches:
+            kept.append(x.double()[: max(0, most - rows)])
+            rows += len(x)
+        values = torch.cat(kept).to(self.edges.device)
+        for j in range(self.cells):
+            known = values[:, j][~torch.isnan(values[:, j])]
+            if len(known) and self.parts:
+                share = torch.linspace(0.0, 1.0, self.parts + 1, dtype=torch.float64, device=known.device)
+                self.edges[j] = torch.quantile(known, share)
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Features in ``dtype``, shape ``(batch, cells · parts)``."""
+        low, high = self.edges[:, :-1], self.edges[:, 1:]
+        width = high - low
+        empty = width <= 0
+        value = x.to(low).unsqueeze(-1)
+        share = ((value - low) / torch.where(empty, torch.ones_like(width), width)).clamp(0.0, 1.0)
+        share = torch.where(empty, (value >= high).to(share), share)
+        return torch.where(torch.isnan(value), torch.zeros_like(share), share).to(dtype).flatten(1)

@@ -35,8 +35,13 @@ class MaskedLinear(Linear):
 
     def __init__(self, in_degrees: Sequence[int], out_degrees: Sequence[int], bias: bool = True) -> None:
         super().__init__(len(in_degrees), len(out_degrees), bias)
+        self.register_buffer("mask", torch.ones_like(self.weight), persistent=False)
+        self.set_degrees(in_degrees, out_degrees)
+
+    def set_degrees(self, in_degrees: Sequence[int], out_degrees: Sequence[int]) -> None:
+        """Give the inputs and outputs other degrees."""
         rows, columns = torch.tensor(list(out_degrees)).unsqueeze(1), torch.tensor(list(in_degrees)).unsqueeze(0)
-        self.register_buffer("mask", (columns <= rows).to(self.weight.dtype), persistent=False)
+        self.mask.copy_(columns <= rows)
 
     def masked_weight(self) -> Tensor:
         """W ∘ M, shape ``(out, in)``."""

@@ -1,0 +1,1 @@
+"""Inference beside gradients: what is found by search, counting and sampling."""
