@@ -5,7 +5,7 @@ from likely.evaluation.classic import CodecSize, classic_codecs
 from likely.evaluation.evaluation import Evaluation, evaluate
 from likely.evaluation.heldout import HeldOut, held_out
 from likely.evaluation.importance import ImportanceWeighted, importance_weighted
-from likely.evaluation.latents import ActiveUnits, active_units
+from likely.evaluation.latents import ActiveUnits, active_units, attribute_direction, interpolate, move_along
 from likely.evaluation.scores import column_nats, example_nats, tail_probability
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "HeldOut",
     "ImportanceWeighted",
     "active_units",
+    "attribute_direction",
     "classic_codecs",
     "column_nats",
     "evaluate",
@@ -23,5 +24,7 @@ __all__ = [
     "fit_baselines",
     "held_out",
     "importance_weighted",
+    "interpolate",
+    "move_along",
     "tail_probability",
 ]
