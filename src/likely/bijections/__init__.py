@@ -10,26 +10,33 @@ from __future__ import annotations
 
 from likely.bijections.bijection import Bijection, Chain, Inverse, NoInverse
 from likely.bijections.conditioners import Autoregressive, Conditioned, Coupling, Unconditional, VectorNetwork
-from likely.bijections.elementwise import Additive, Affine, Elementwise, Logit, Sigmoid, SinhArcsinh, Softplus
+from likely.bijections.elementwise import Additive, Affine, Arcsinh, Elementwise, Logit, Sigmoid, Softplus
+from likely.bijections.linear import LU, ActNorm, Householder, Mixing
+from likely.bijections.logistics import Logistics
 from likely.bijections.permutations import Permutation, Reverse
 from likely.bijections.spline import Spline
 
 __all__ = [
+    "LU",
+    "ActNorm",
     "Additive",
     "Affine",
+    "Arcsinh",
     "Autoregressive",
     "Bijection",
     "Chain",
     "Conditioned",
     "Coupling",
     "Elementwise",
+    "Householder",
     "Inverse",
+    "Logistics",
     "Logit",
+    "Mixing",
     "NoInverse",
     "Permutation",
     "Reverse",
     "Sigmoid",
-    "SinhArcsinh",
     "Softplus",
     "Spline",
     "Unconditional",

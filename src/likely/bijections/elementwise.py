@@ -110,38 +110,34 @@ class Softplus(Elementwise):
         return z - log_slope, log_slope
 
 
-class SinhArcsinh(Elementwise):
-    """z = sinh(e^s asinh(x) − e): heavy or light tails, and skewness (Jones & Pewsey 2009, Biometrika 96, 761).
+class Arcsinh(Elementwise):
+    """z = asinh(λx) / λ with λ = e^r: what lies far outside comes near, as by a logarithm; zero numbers: λ = 1.
 
-    With s < 0 what lies far outside comes near: z grows like a power e^s of x, so that a normal z makes an x whose
-    tails are heavier than any exponential.  In the middle the map is smooth and nearly straight.
+    The curve hardly bends where |λx| < 1; far outside it is a logarithm, so that a normal z makes an x with the heavy
+    tails of a log-normal law, and no x is so far outside that its density is all but zero.
 
     Args:
-        limit: bound on |s| and on |e|.
+        limit: bound on |r|.
     """
 
-    numbers = 2
+    numbers = 1
 
-    def __init__(self, limit: float = 2.0) -> None:
+    def __init__(self, limit: float = 4.0) -> None:
         self.limit = limit
 
     def forward(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        log_power, shift = (numbers / self.limit).tanh() * self.limit
-        power = log_power.exp()
-        inner = power * torch.asinh(x) - shift
-        return torch.sinh(inner), log_power + _log_cosh(inner) - _log_radius(x)
+        rate = self._rate(numbers)
+        z = torch.asinh(x * rate)
+        return z / rate, -_log_cosh(z)
 
     def inverse(self, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        log_power, shift = (numbers / self.limit).tanh() * self.limit
-        inner = (torch.asinh(z) + shift) * torch.exp(-log_power)
-        return torch.sinh(inner), _log_cosh(inner) - log_power - _log_radius(z)
+        rate = self._rate(numbers)
+        return torch.sinh(z * rate) / rate, _log_cosh(z * rate)
+
+    def _rate(self, numbers: Tensor) -> Tensor:
+        return ((numbers[0] / self.limit).tanh() * self.limit).exp()
 
 
 def _log_cosh(x: Tensor) -> Tensor:
-    size = x.abs()
-    return size + F.softplus(-2.0 * size) - math.log(2.0)
-
-
-def _log_radius(x: Tensor) -> Tensor:
-    """log √(1 + x²), without overflow."""
-    return _log_cosh(torch.asinh(x))
+    """log cosh x, without overflow: cosh x = e^|x| (1 + e^{−2|x|}) / 2."""
+    return x.abs() - F.logsigmoid(2.0 * x.abs()) + math.log(0.5)

@@ -130,7 +130,7 @@ def _rational(theta: Tensor, s: Tensor, h: Tensor, d0: Tensor, d1: Tensor) -> tu
     below = s + (d0 + d1 - 2.0 * s) * u
     rise = h * (s * theta * theta + d0 * u) / below
     above = d1 * theta * theta + 2.0 * s * u + d0 * rest * rest
-    return rise, 2.0 * (s / below).log() + above.log()
+    return rise, (above * (s / below).square()).log()
 
 
 def _plain(x: Tensor, numbers: Tensor) -> bool:
@@ -163,22 +163,29 @@ class _Curve(torch.autograd.Function):
         x0, y0 = knots.gather(1, pair).squeeze(1)
         raw = spline._edges(numbers).gather(0, torch.cat([at, at + 1])).add_(_UNIT)
         d0, d1 = F.softplus(raw).add_(LEAST_SLOPE)
-        theta = (inside - x0).div_(w)
-        rise, log_slope = _rational(theta, h / w, h, d0, d1)
-        outside = x != inside
+        theta, s = (inside - x0).div_(w), h / w
+        rest = 1.0 - theta
+        u, square = theta * rest, theta * theta
+        below = torch.add(d0 + d1, s, alpha=-2.0).mul_(u).add_(s)
+        share = (d0 * u).addcmul_(s, square).div_(below)  # of the bin's height
+        above = (d1 * square).addcmul_(d0, rest.square_()).addcmul_(s, u, value=2.0)
+        slope = (s / below).square_().mul_(above)
+        z, outside = torch.addcmul(y0, h, share), x != inside
         if spline.tails == "identity":
-            z, log_slope = torch.where(outside, x, rise.add_(y0)), log_slope.masked_fill_(outside, 0.0)
+            z, slope = torch.where(outside, x, z), slope.masked_fill_(outside, 1.0)
         else:
             edge = torch.where(x < spline.low, d0, d1)
-            z = torch.where(outside, (x - inside).mul_(edge).add_(inside), rise.add_(y0))
-            log_slope = torch.where(outside, edge.log(), log_slope)
+            z = torch.where(outside, (x - inside).mul_(edge).add_(inside), z)
+            slope = torch.where(outside, edge, slope)
         ctx.spline = spline
-        ctx.save_for_backward(x, numbers, sizes, passed, at, theta, w, h, x0, y0, raw, d0, d1, log_slope)
-        return z, log_slope
+        found = (passed, at, theta, s, u, square, rest, below, share, above, w, h, x0, y0, raw, d0, d1, slope)
+        ctx.save_for_backward(x, numbers, sizes, *found)
+        return z, slope.log()
 
     @staticmethod
     def backward(ctx: Any, of_z: Tensor, of_log_slope: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, numbers, sizes, passed, at, theta, w, h, x0, y0, raw, d0, d1, log_slope = ctx.saved_tensors
+        x, numbers, sizes, *found = ctx.saved_tensors
+        passed, at, theta, s, u, square, rest_square, below, share, above, w, h, x0, y0, raw, d0, d1, slope = found
         spline: Spline = ctx.spline
         if torch.is_grad_enabled():  # somebody wants derivatives of the derivative
             wanted = [value for value, needed in zip((x, numbers), ctx.needs_input_grad) if needed]
@@ -192,28 +199,23 @@ class _Curve(torch.autograd.Function):
         inside = x.clamp(spline.low, spline.high)
         within = (x == inside).to(x.dtype)
         without = 1.0 - within
-        slope = log_slope.exp()
         of_x = of_z * slope * without
         of_edge = (of_z * (x - inside) + of_log_slope / slope) * without if spline.tails == "linear" else None
         of_z, of_log_slope = of_z * within, of_log_slope * within
 
         # 2. By θ, s = h / w, and the two slopes, at fixed h
-        s, rest = h / w, 1.0 - theta
-        u, turn = theta * rest, rest - theta
-        square, rest_square = theta * theta, rest * rest
-        curve = d0 + d1 - 2.0 * s
-        below = s + curve * u
-        share = (s * square + d0 * u) / below  # of the bin's height
-        above = d1 * square + 2.0 * s * u + d0 * rest_square
-        by_above, by_below, by_share = of_log_slope / above, -2.0 * of_log_slope / below, of_z * h / below
-        of_theta = of_z * slope * w
-        of_theta += by_above * 2.0 * (d1 * theta + s * turn - d0 * rest) + by_below * curve * turn
-        of_s = 2.0 * (of_log_slope / s + by_above * u) + (by_below - by_share * share) * (1.0 - 2.0 * u)
-        of_s += by_share * square
+        turn, curve = torch.rsub(theta, 1.0, alpha=2.0), torch.add(d0 + d1, s, alpha=-2.0)
+        by_above, by_below, by_share = of_log_slope / above, of_log_slope / below, of_z * h / below
+        bent = torch.addcmul(d1 * theta, s, turn).sub_(d0 - d0 * theta)
+        of_theta = (of_z * slope).mul_(w).addcmul_(by_above, bent, value=2.0)
+        of_theta.addcmul_(by_below * curve, turn, value=-2.0)
+        of_s = torch.addcmul(of_log_slope / s, by_above, u).mul_(2.0).addcmul_(by_share, square)
+        of_s.sub_((by_share * share).add_(by_below, alpha=2.0).mul_(torch.rsub(u, 1.0, alpha=2.0)))
+        fall = torch.addcmul(by_below * 2.0, by_share, share).mul_(u)
         of_slopes = torch.stack(
             [
-                by_share * u * (1.0 - share) + by_above * rest_square + by_below * u,
-                by_below * u + by_above * square - by_share * u * share,
+                (by_share * u).addcmul_(by_above, rest_square).sub_(fall),
+                (by_above * square).sub_(fall),
             ]
         )
         if of_edge is not None:
