@@ -11,7 +11,7 @@ from __future__ import annotations
 from likely.bijections.bijection import Bijection, Chain, Inverse, NoInverse
 from likely.bijections.conditioners import Autoregressive, Conditioned, Coupling, Unconditional, VectorNetwork
 from likely.bijections.elementwise import Additive, Affine, Arcsinh, Elementwise, Logit, Sigmoid, Softplus
-from likely.bijections.linear import LU, ActNorm, Householder, Mixing
+from likely.bijections.linear import LU, ActNorm, Householder, InvertibleConvolution, Mixing
 from likely.bijections.logistics import Logistics
 from likely.bijections.permutations import Permutation, Reverse
 from likely.bijections.spline import Spline
@@ -30,6 +30,7 @@ __all__ = [
     "Elementwise",
     "Householder",
     "Inverse",
+    "InvertibleConvolution",
     "Logistics",
     "Logit",
     "Mixing",

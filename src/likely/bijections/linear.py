@@ -24,16 +24,21 @@ class _Mixing(Bijection):
         self.features = features
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        weight, log_det = self.weight()
-        return _mixed(weight, x), _everywhere(log_det, x)
+        matrix = self.matrix()
+        z = x @ matrix.t() if x.dim() == 2 else (matrix @ x.flatten(2)).reshape(x.shape)
+        return z, _everywhere(self.log_det(), x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows = z.movedim(1, 0).flatten(1)
         x = self.solve(rows).unflatten(1, (len(z), *z.shape[2:])).movedim(0, 1)
-        return x, _everywhere(-self.weight()[1], z)
+        return x, _everywhere(-self.log_det(), z)
 
-    def weight(self) -> tuple[Tensor, Tensor]:
-        """W, shape ``(features, features)``, and log |det W|."""
+    def matrix(self) -> Tensor:
+        """W, shape ``(features, features)``."""
+        raise NotImplementedError
+
+    def log_det(self) -> Tensor:
+        """log |det W|."""
         raise NotImplementedError
 
     def solve(self, z: Tensor) -> Tensor:
@@ -53,13 +58,16 @@ class Mixing(_Mixing):
 
     def __init__(self, features: int) -> None:
         super().__init__(features)
-        self.matrix = nn.Parameter(_rotation(features))
+        self.weight = nn.Parameter(_rotation(features))
 
-    def weight(self) -> tuple[Tensor, Tensor]:
-        return self.matrix, torch.linalg.slogdet(self.matrix)[1]
+    def matrix(self) -> Tensor:
+        return self.weight
+
+    def log_det(self) -> Tensor:
+        return torch.linalg.slogdet(self.weight)[1]
 
     def solve(self, z: Tensor) -> Tensor:
-        return torch.linalg.solve(self.matrix, z)
+        return torch.linalg.solve(self.weight, z)
 
 
 class LU(_Mixing):
@@ -86,9 +94,12 @@ class LU(_Mixing):
         unit = torch.eye(self.features, dtype=self.lower.dtype, device=self.lower.device)
         return self.lower.tril(-1) + unit, self.upper.triu(1) + torch.diag(self.sign * self.log_scale.exp())
 
-    def weight(self) -> tuple[Tensor, Tensor]:
+    def matrix(self) -> Tensor:
         lower, upper = self._factors()
-        return (lower @ upper).index_select(0, self.order), self.log_scale.sum()
+        return (lower @ upper).index_select(0, self.order)
+
+    def log_det(self) -> Tensor:
+        return self.log_scale.sum()
 
     def solve(self, z: Tensor) -> Tensor:
         lower, upper = self._factors()
@@ -113,20 +124,44 @@ class Householder(_Mixing):
             raise ValueError(f"reflections: expected at least 1, got {count}")
         self.vectors = nn.Parameter(torch.randn(count, features))
 
-    def weight(self) -> tuple[Tensor, Tensor]:
+    def matrix(self) -> Tensor:
         """The product in its compact form I − Vᵀ T⁻¹ V, T = ½ diag(VVᵀ) + the triangle of VVᵀ above it."""
         v = self.vectors / self.vectors.norm(dim=1, keepdim=True)
         gram = v @ v.t()
         triangle = gram.triu(1) + 0.5 * torch.eye(len(v), dtype=v.dtype, device=v.device)
         unit = torch.eye(self.features, dtype=v.dtype, device=v.device)
-        return unit - v.t() @ torch.linalg.solve_triangular(triangle, v, upper=True), v.new_zeros(())
+        return unit - v.t() @ torch.linalg.solve_triangular(triangle, v, upper=True)
+
+    def log_det(self) -> Tensor:
+        return self.vectors.new_zeros(())
 
     def solve(self, z: Tensor) -> Tensor:
-        return self.weight()[0].t() @ z
+        return self.matrix().t() @ z
+
+
+class InvertibleConvolution(_Mixing):
+    """Glow's invertible 1 × 1 convolution over the channels of a map, by :class:`LU` or as a plain matrix.
+
+    Args:
+        decomposed: whether W is kept as its LU factors, whose log-det costs nothing.
+    """
+
+    def __init__(self, channels: int, decomposed: bool = True) -> None:
+        super().__init__(channels)
+        self.form: _Mixing = LU(channels) if decomposed else Mixing(channels)
+
+    def matrix(self) -> Tensor:
+        return self.form.matrix()
+
+    def log_det(self) -> Tensor:
+        return self.form.log_det()
+
+    def solve(self, z: Tensor) -> Tensor:
+        return self.form.solve(z)
 
 
 class ActNorm(Bijection):
-    """z = (x − m) e^{−s} for every feature or channel; started so that the first batch has mean 0 and deviation 1.
+    """z = e^s x + b for every feature or channel; started so that the first batch comes to mean 0 and deviation 1.
 
     Kingma & Dhariwal 2018 (1807.03039), section 3.1.  A feature that does not vary in the batch keeps s = 0.
 
@@ -136,35 +171,29 @@ class ActNorm(Bijection):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.mean = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(torch.zeros(features))
+        self.shift = nn.Parameter(torch.zeros(features))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        mean, log_scale = self._shaped(x)
-        return (x - mean) * (-log_scale).exp(), _everywhere(-self.log_scale.sum(), x)
+        log_scale, shift = self._shaped(x)
+        return x * log_scale.exp() + shift, _everywhere(self.log_scale.sum(), x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        mean, log_scale = self._shaped(z)
-        return z * log_scale.exp() + mean, _everywhere(self.log_scale.sum(), z)
+        log_scale, shift = self._shaped(z)
+        return (z - shift) * (-log_scale).exp(), _everywhere(-self.log_scale.sum(), z)
 
     def _shaped(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (x.dim() - 2))
-        return self.mean.reshape(shape), self.log_scale.reshape(shape)
+        return self.log_scale.reshape(shape), self.shift.reshape(shape)
 
     @torch.no_grad()
     def initialise(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Mean and log-deviation of each feature over the batch and all places."""
+        """Mean and deviation of each feature over the batch and all places."""
         rows = x.movedim(1, 0).flatten(1).double()
         mean, deviation = rows.mean(1), rows.std(1, correction=0)
-        varies = deviation > 1e-6 * (1.0 + mean.abs())
-        self.mean.copy_(mean)
-        self.log_scale.copy_(torch.where(varies, deviation, 1.0).log())
-
-
-def _mixed(weight: Tensor, x: Tensor) -> Tensor:
-    if x.dim() == 2:
-        return x @ weight.t()
-    return (weight @ x.flatten(2)).reshape(x.shape)
+        scale = torch.where(deviation > 1e-6 * (1.0 + mean.abs()), deviation, 1.0)
+        self.log_scale.copy_(-scale.log())
+        self.shift.copy_(-mean / scale)
 
 
 def _everywhere(log_det: Tensor, x: Tensor) -> Tensor:
