@@ -17,6 +17,7 @@ from likely.contract import check_options
 from likely.networks.conditioning import FineFeatures, LevelEmbedding, without_autocast, zero
 from likely.networks.linear import Linear
 from likely.networks.mlp import full_precision, glorot
+from likely.networks.unet import UNet
 
 #: ``"mlp"`` (any shape), ``"unet"`` and ``"dit"`` (images: shapes (C, H, W)).
 NAMES = ("mlp", "unet", "dit")
@@ -48,6 +49,8 @@ def denoiser(name: str, shape: Sequence[int], context_width: int = 0, **options:
 def _network(name: str) -> Callable[..., nn.Module]:
     if name == "mlp":
         return VectorDenoiser
+    if name == "unet":
+        return UNet
     raise ValueError(f"network: expected one of {', '.join(NAMES)}, got {name!r}")
 
 
@@ -64,6 +67,7 @@ class VectorDenoiser(nn.Module):
         depth: number of blocks.
         dropout: share of hidden units dropped in training.
         fourier: (first, last) powers of :class:`~likely.networks.conditioning.FineFeatures`, or None.
+        waves: sinusoids that tell the level.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class VectorDenoiser(nn.Module):
         depth: int = 3,
         dropout: float = 0.0,
         fourier: tuple[int, int] | None = None,
+        waves: int = 64,
     ) -> None:
         super().__init__()
         if width < 1 or depth < 1:
@@ -82,7 +87,7 @@ class VectorDenoiser(nn.Module):
         self.shape = tuple(shape)
         size = math.prod(self.shape)
         self.fine = FineFeatures(fourier)
-        self.embedding = LevelEmbedding(width, context_width)
+        self.embedding = LevelEmbedding(width, context_width, waves)
         self.modulation = Linear(width, 2 * width * depth)
         self.input = glorot(Linear(self.fine.channels(size), width))
         self.blocks = nn.ModuleList([_VectorBlock(width, dropout) for _ in range(depth)])

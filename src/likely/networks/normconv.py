@@ -13,6 +13,7 @@ channels)``.  Two implementations give the same numbers:
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -216,7 +217,7 @@ def _in_forward_mode() -> bool:
 
 def _slices(widths: list[int]) -> list[slice]:
     ends = torch.tensor([0, *widths]).cumsum(0).tolist()
-    return [slice(start, end) for start, end in zip(ends, ends[1:])]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def _wide(values: Tensor) -> Tensor:
