@@ -22,12 +22,13 @@ import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -47,15 +48,17 @@ from likely.contract import (
     Unsupported,
     check_options,
 )
-from likely.data import Dataset, Dequantise, Preprocessed, Schema, Split, infer_schema, split
+from likely.data import Dataset, Dequantise, Passes, Preprocessed, Schema, Split, infer_schema, split
 from likely.data.columns import Encoder, TextCells, Where, spell
 from likely.data.sources import EMBEDDED, Source, recognise
 from likely.data.tables import TableForm
 from likely.evaluation import Evaluation, column_nats, evaluate, held_out, tail_probability
+from likely.evaluation.anomaly import AnomalyScale
 from likely.evaluation.heldout import ExampleNoise, default_batch_size, device_batches, evaluating
 from likely.noise import KeyedNoise, Noise, TemperedNoise
 from likely.training import TrainOptions, TrainResult, load_weights, save_weights, train
 from likely.training.checkpoints import load_tensors, save_tensors, write_atomically
+from likely.training.selection import DEFAULT_BUDGET, Candidate, Trial, choose, shortlist
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,6 +70,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 #: Examples of the held-out and of the training set each whose nats are kept with the run.
 REFERENCE_EXAMPLES = 10_000
+#: What the law of the columns is called among the reference tensors.
+_COLUMNS = "columns."
 #: Held-out examples that a report draws on.
 REPORTED_EXAMPLES = 2_000
 
@@ -78,7 +83,7 @@ REPORTED_EXAMPLES = 2_000
 
 def fit(
     data: Any,
-    model: str | Model = "vae",
+    model: str | Model = "auto",
     *,
     out: str | Path | None = None,
     given: str | Sequence[str] | None = None,
@@ -90,13 +95,16 @@ def fit(
     overwrite: bool = False,
     progress: bool = True,
     callbacks: Sequence[Any] = (),
+    search: Literal["all", "closed form"] = "all",
     **options: Any,
 ) -> Fitted:
     """Fit a model to data: infer the schema, split, train, keep the best held-out weights.
 
     Args:
         data: a path, DataFrame, array, or the name of one of scikit-learn's sets; see :func:`likely.data.infer_schema`.
-        model: name of a model (``likely models`` lists them) or a model over the data's space.
+        model: name of a model (``likely models`` lists them), a model over the data's space, or ``auto``: for tables
+            the one of a short list that is best on held-out rows (``budget`` says how long, 60 s by default), for all
+            else, or where options of the model are given, ``vae``.
         out: folder of the run; None keeps nothing on disk.
         given: columns, or ``label``, that the model is conditioned on.
         schema: a schema, or a TOML file or mapping whose entries override the inferred ones.
@@ -107,6 +115,8 @@ def fit(
         overwrite: whether a run in ``out`` may be replaced.
         progress: whether to show how training goes, on standard error.
         callbacks: see :func:`likely.training.train`.
+        search: which models take part where ``model`` is ``auto``; ``closed form`` searches matrices of reals as well,
+            and makes the same choice on any machine.
         **options: the model's options and those of :class:`~likely.training.TrainOptions`, by name.
 
     Returns:
@@ -123,12 +133,16 @@ def fit(
     folder = None if out is None else Path(out)
     if folder is not None and _is_first_process():
         _claim(folder, overwrite)
-    model_options, train_options = _split_options(model, options, seed)
+    model_options, train_options = _split_options("vae" if model == "auto" else model, options, seed)
     names = [given] if isinstance(given, str) else list(given or ())
     data = _kept(data, read)
     found = schema if isinstance(schema, Schema) else _infer(data, schema, names, read)
     dataset = found.read(data, cache=None if folder is None else folder / "cache", **_file_options(read))
     parts = split(len(dataset), {"valid": valid_fraction, "test": test_fraction}, seed=seed)
+    trials: list[Trial] = []
+    if model == "auto":
+        model, options, trials = _choose(dataset, parts.indices, options, seed, search, progress)
+        model_options, train_options = _split_options(model, options, seed)
     built = (
         model
         if isinstance(model, Model)
@@ -149,6 +163,7 @@ def fit(
         "split": parts.to_json(),
         "seed": seed,
         "training": train_options.to_json(),
+        **({"search": [trial.to_json() for trial in trials]} if trials else {}),
         **models.describe(built),
     }
     fitted = Fitted(found, built, record, folder)
@@ -249,6 +264,46 @@ def build_model(
     raise Unsupported(f"model: {name!r} is not defined on {type(space).__name__} data; models that are: {able}")
 
 
+def _choose(
+    dataset: Dataset,
+    parts: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    seed: int,
+    search: str,
+    progress: bool,
+) -> tuple[str, dict[str, Any], list[Trial]]:
+    """The model that ``auto`` stands for, the options of its fit, and what was tried."""
+    if search not in ("all", "closed form"):
+        raise ValueError(f"search: expected 'all' or 'closed form', got {search!r}")
+    training = {field.name for field in fields(TrainOptions)}
+    closed = search == "closed form"
+    searched = (isinstance(dataset.space, Table) or closed) and set(options) <= training
+    candidates = [Candidate("vae")]
+    if searched:
+        candidates = shortlist(dataset.space, len(parts["train"]), dataset.condition_space is not None, closed)
+        if not candidates:
+            raise Unsupported(f"model: no model in closed form is defined on {type(dataset.space).__name__} data")
+    if len(candidates) == 1 or not len(parts["valid"]):  # nothing to choose, or nothing to choose by
+        return candidates[0].name, {**candidates[0].options, **options}, []
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("model: expected the name of a model where several processes train, got 'auto'")
+    choice = choose(
+        candidates,
+        lambda name, own: build_model(name, dataset.space, dataset.condition_space, seed, own),
+        dataset.subset(parts["train"]),
+        dataset.subset(parts["valid"]),
+        TrainOptions(seed=seed, **options),
+        trainer=train,
+        report=(lambda line: print(line, file=sys.stderr)) if progress and _is_first_process() else None,
+    )
+    best = choice.candidate
+    chosen = {**best.options, **best.training, **options}
+    if not best.closed_form and not {"steps", "epochs"} & set(options):
+        whole = options.get("budget") or DEFAULT_BUDGET
+        chosen["budget"] = max(whole - choice.seconds, whole / 4)
+    return best.name, chosen, choice.trials
+
+
 def _split_options(model: str | Model, options: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], TrainOptions]:
     """Options by name, sorted into the model's and the training's; an unknown one is refused."""
     training = {field.name for field in fields(TrainOptions)} - {"seed"}
@@ -289,6 +344,9 @@ class Scores:
         column_nats: what each cell adds to ``nats``, shape ``(n, cells)``, or None where the model does not say.
         columns: names of the cells.
         excess: how many nats less likely each cell is than the column's cells usually are, as ``column_nats``.
+        anomaly: anomaly score of :mod:`likely.evaluation.anomaly`, shape ``(n,)``; high is anomalous.  None for a run
+            that keeps no law of the columns.
+        anomaly_tail: share of the held-out examples of the fit whose anomaly score is no lower (a conformal p-value).
     """
 
     kind: Kind
@@ -298,6 +356,8 @@ class Scores:
     column_nats: np.ndarray | None = None
     columns: tuple[str, ...] = ()
     excess: np.ndarray | None = None
+    anomaly: np.ndarray | None = None
+    anomaly_tail: np.ndarray | None = None
 
     def reasons(self, most: int = 3) -> list[str]:
         """For each example the columns that made it least likely, with their excess in nats."""
@@ -310,10 +370,12 @@ class Scores:
         return out
 
     def to_frame(self) -> pd.DataFrame:
-        """A DataFrame: nats, tail probability, training rank, reasons, and the nats of each cell of a table."""
+        """A DataFrame: nats, tail probability, rank, anomaly score, reasons, and the nats of each cell of a table."""
         import pandas as pd
 
         data: dict[str, Any] = {"nats": self.nats, "tail_probability": self.tail, "training_rank": self.rank}
+        if self.anomaly is not None:
+            data |= {"anomaly": self.anomaly, "anomaly_probability": self.anomaly_tail}
         if self.column_nats is not None:
             data["unlikely_because"] = self.reasons()
             for j, name in enumerate(self.columns):
@@ -372,6 +434,13 @@ class Fitted:
             tail_probability(reference[name], found.example_nats).numpy() for name in ("held_out_nats", "train_nats")
         )
         result = Scores(found.kind, found.example_nats.numpy(), tail, rank)
+        if "held_out_columns_nats" in reference:
+            usual_nats = reference["held_out_nats"], reference["held_out_columns_nats"]
+            scale = AnomalyScale.of(*usual_nats)
+            columns_nats = held_out(self._columns_law(), _unconditional(dataset)).example_nats
+            anomaly = scale.score(found.example_nats, columns_nats)
+            anomaly_tail = tail_probability(-scale.score(*usual_nats), -anomaly)
+            result = replace(result, anomaly=anomaly.numpy(), anomaly_tail=anomaly_tail.numpy())
         if not columns or not isinstance(dataset.space, Table) or not self.model.can("column_nats"):
             return result
         cells = column_nats(self.model, dataset, seed=seed)
@@ -435,9 +504,7 @@ class Fitted:
 
     # Data out ------------------------------------------------------------------------------------------------
 
-    def sample(
-        self, n: int, *, seed: int = 0, where: Mapping[str, Any] | None = None, temperature: float = 1.0
-    ) -> Any:
+    def sample(self, n: int, *, seed: int = 0, where: Mapping[str, Any] | None = None, temperature: float = 1.0) -> Any:
         """``n`` examples in the user's own form: a DataFrame, an array, texts.
 
         Args:
@@ -765,11 +832,24 @@ class Fitted:
         for name, part in (("held_out_nats", valid), ("train_nats", "train")):
             some = dataset.subset(parts[part][:REFERENCE_EXAMPLES])
             self._reference[name] = held_out(self.model, some).example_nats
+        if isinstance(dataset.space, Table):
+            law = models.find("independent")(dataset.space)
+            law.estimate(Passes(_unconditional(dataset.subset(parts["train"]))))
+            some = _unconditional(dataset.subset(parts[valid][:REFERENCE_EXAMPLES]))
+            self._reference["held_out_columns_nats"] = held_out(law, some).example_nats
+            self._reference |= {_COLUMNS + name: tensor.cpu() for name, tensor in law.state_dict().items()}
         if isinstance(dataset.space, Table) and self.model.can("column_nats"):
             some = dataset.subset(parts[valid][:REFERENCE_EXAMPLES])
             cells = column_nats(self.model, some)
             cells = torch.where(torch.isnan(some.x), torch.nan, cells)
             self._reference["usual_column_nats"] = torch.nan_to_num(cells.nanmean(0))
+
+    def _columns_law(self) -> Model:
+        """The columns, each on its own, as they were fitted beside the model."""
+        law = models.find("independent")(self.schema.space)
+        kept = {name.removeprefix(_COLUMNS): t for name, t in self._references().items() if name.startswith(_COLUMNS)}
+        law.load_state_dict(kept)
+        return law.eval()
 
     def _part(self, *names: str, optional: bool = False) -> Dataset:
         """The first of the named parts of the fitted data that is not empty, read again from its source if need be."""
@@ -872,6 +952,13 @@ def _train(
         save_tensors(fitted._reference, folder / "reference.safetensors")
         fitted._write_record()
     return fitted
+
+
+def _unconditional(dataset: Dataset) -> Dataset:
+    """The examples without their condition."""
+    if dataset.condition is None:
+        return dataset
+    return Dataset(dataset.space, dataset.x)
 
 
 def _infer(data: Any, override: Any, given: list[str], read: Mapping[str, Any] | None) -> Schema:
