@@ -170,6 +170,9 @@ def _numeric_column(mixture: GridLogisticMixture, i: int, present: Mask, spare_b
     log_scales = _array(mixture.given_log_scales)[:, i]
     if resolution > 0:
         atoms = _array(mixture.atoms.expand(columns, -1))[i]
-        return GridCells(logits, means, log_scales, location, scale, resolution, atoms, present)
-    logits = logits[:, : means.shape[1]]
+        values = counts = None
+        if mixture.recalled is not None:
+            values, counts = _array(mixture.recalled.values[i]), _array(mixture.recalled.counts[i])
+        return GridCells(logits, means, log_scales, location, scale, resolution, atoms, present, values, counts)
+    logits = logits[:, : means.shape[1]]  # a continuum has no atoms and recalls nothing
     return DoubleCells(logits, means, log_scales, location, scale, next(spare_bits, 0), present)

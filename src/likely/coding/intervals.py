@@ -28,12 +28,12 @@ from likely.coding.cells import (
     Floats,
     Integers,
     Mask,
+    Placed,
     Some,
     Step,
     Unsigned,
     elias_pop,
     elias_steps,
-    intervals,
     precision_for,
 )
 from likely.coding.stack import Stack
@@ -127,6 +127,10 @@ class IntervalCells(Cells):
         position[edges >= self.cells] = _ENDS
         return position
 
+    def cdf(self, edges: Integers) -> Floats:
+        """F of every cell at its edges 0 … n, shape ``(…, cells)``."""
+        return self._cdf(self._law(slice(0, self.count)), edges)
+
     def _cdf(self, law: Cumulative, edges: Integers) -> Floats:
         """F at the edges 0 … n."""
         return law.cdf(self._computed(edges) if self._positions is None else self._positions.take(edges))
@@ -138,7 +142,7 @@ class IntervalCells(Cells):
         if self.escapes:
             inside = np.clip(inside, 0, self.cells - 1)
         for depth, digit in enumerate(self._digits):
-            yield intervals(self.count, digit.precision, functools.partial(self._place, inside, depth))
+            yield Placed(self.count, digit.precision, functools.partial(self._place, inside, depth))
         if self.escapes:
             outer = np.flatnonzero((inside == 0) | (inside == self.cells - 1))
             if len(outer):
@@ -576,6 +580,8 @@ class GridCells(IntervalCells):
         location, scale: raw value = location + scale · standard value.
         resolution: r > 0.
         atoms: raw values, shape ``(A,)``.
+        recalled, counts: values seen before, ascending, and how often, shape ``(R,)``: a law whose weight is one more
+            of the logits; None for none.
     """
 
     def __init__(
@@ -588,20 +594,32 @@ class GridCells(IntervalCells):
         resolution: float,
         atoms: NDArray[Any],
         present: ArrayLike | None = None,
+        recalled: NDArray[Any] | None = None,
+        counts: NDArray[Any] | None = None,
     ) -> None:
         components = means.shape[1]
         spikes = np.rint(np.asarray(atoms, np.float64) / resolution)
-        used = np.flatnonzero((logits[:, components:] > -np.inf).any(0)) if len(logits) else np.zeros(0, np.int64)
+        self._recall: Floats | None = None
+        if recalled is not None and counts is not None:
+            if len(recalled):
+                self._recall = np.rint(np.asarray(recalled, np.float64) / resolution)
+                self._below = np.concatenate([[0.0], np.cumsum(counts) / np.sum(counts)])  # whole numbers: exact sums
+            else:
+                logits = logits[:, :-1]
+        spikes_end = logits.shape[1] - (self._recall is not None)
+        of_atoms = logits[:, components:spikes_end]
+        used = np.flatnonzero((of_atoms > -np.inf).any(0)) if len(logits) else np.zeros(0, np.int64)
         order = used[np.argsort(spikes[used], kind="stable")]
         self._centre, self._unit = _in_cells(location, scale, resolution)
-        low, cells = grid_range(self._centre, self._unit, spikes[order])
+        jumps = spikes[order] if self._recall is None else np.union1d(spikes[order], self._recall)
+        low, cells = grid_range(self._centre, self._unit, jumps)
         super().__init__(means.shape[:1], low, cells, True, present)
         refuse_non_finite("logits", logits, lowest_may_be_infinite=True)
         refuse_non_finite("means", means)
         refuse_non_finite("log_scales", log_scales)
-        picked = [*range(components), *(components + order)]
+        picked = [*range(components), *(components + order)] + [spikes_end] * (self._recall is not None)
         self._atoms = spikes[order] if len(order) else None
-        self.steps_at = spikes[order].astype(np.int64) - self.low
+        self.steps_at = jumps.astype(np.int64) - self.low
         self._logits = self._select(logits, 1)[:, picked]
         self._means, self._log_scales = self._select(means, 1), self._select(log_scales, 1)
 
@@ -609,12 +627,45 @@ class GridCells(IntervalCells):
         logits = np.ascontiguousarray(self._logits[some].T)
         portions = shares(weights(logits, logits.max(0)))
         family = standard_logistics(self._means[some], self._log_scales[some], portions, self._centre, self._unit)
-        if self._atoms is None:
-            return Mixture([family])
-        spikes = np.zeros((len(self._atoms) + 1, logits.shape[1]))
-        for a, portion in enumerate(portions[len(family.centre) :]):
-            np.add(spikes[a], portion, out=spikes[a + 1])
-        return Mixture([family], self._atoms, spikes)
+        spikes: Floats | None = None
+        if self._atoms is not None:
+            spikes = np.zeros((len(self._atoms) + 1, logits.shape[1]))
+            for a in range(len(self._atoms)):
+                np.add(spikes[a], portions[len(family.centre) + a], out=spikes[a + 1])
+        if self._recall is None:
+            return Mixture([family], self._atoms, spikes)
+        return Recalling([family], self._atoms, spikes, None, (self._recall, self._below, portions[-1]))
+
+
+class Recalling(Mixture):
+    """A mixture with one more part: the empirical law of values seen before.
+
+    Args:
+        recall: the values as symbols, ascending, ``(R,)``; the share of the law below each and at the end, from 0 to 1,
+            ``(R + 1,)``; the weight of the law in each cell.
+    """
+
+    def __init__(
+        self,
+        families: Sequence[Family],
+        atoms: Floats | None,
+        spikes: Floats | None,
+        column: Integers | None,
+        recall: tuple[Floats, Floats, Floats],
+    ) -> None:
+        super().__init__(families, atoms, spikes, column)
+        self.recall = recall
+
+    def cdf(self, position: Floats) -> Floats:
+        values, below, weight = self.recall
+        total = super().cdf(position)
+        total += below[np.searchsorted(values, position)] * weight
+        return total
+
+    def __getitem__(self, some: Some) -> Recalling:
+        rest = super().__getitem__(some)
+        values, below, weight = self.recall
+        return Recalling(rest.families, self.atoms, self.spikes, rest.column, (values, below, weight[some]))
 
 
 def _in_cells(location: float, scale: float, resolution: float) -> tuple[float, float]:

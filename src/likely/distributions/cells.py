@@ -145,6 +145,23 @@ class Columns(nn.Module):
             law.initialise(_Cells(batches, lambda x, j=int(name): (~torch.isnan(x[:, j : j + 1])).double()))
 
 
+def best_of_draws(space: Space, drawn: Tensor, weights: Tensor) -> Tensor:
+    """The mean of numbers and the most frequent code, over draws ``(n, m, cells)`` with weights ``(n, m)``."""
+    mean = (drawn * weights.unsqueeze(-1)).sum(1)
+    if isinstance(space, (Binary, Integers)):
+        return mean.round()
+    columns = space.columns if isinstance(space, Table) else ()
+    for t in range(drawn.shape[2]):
+        if columns and columns[t].numeric:
+            if columns[t].resolution is not None:
+                mean[:, t] = columns[t].from_index(columns[t].to_index(mean[:, t])).to(mean)
+            continue
+        codes = drawn[:, :, t].long()
+        share = mean.new_zeros(len(codes), int(codes.max()) + 1).scatter_add_(1, codes, weights)
+        mean[:, t] = share.argmax(1).to(mean.dtype)
+    return mean
+
+
 class _Cells:
     """Batches in which each is seen through a function."""
 

@@ -29,7 +29,7 @@ from likely.contract import (
 from likely.distributions.bernoulli import Bernoulli
 from likely.distributions.categorical import Categorical
 from likely.distributions.counts import Multinomial, NegativeBinomial
-from likely.distributions.logistic import DiscretizedLogisticMixture, GridLogisticMixture
+from likely.distributions.logistic import DiscretizedLogisticMixture, GridLogisticMixture, Recalled
 from likely.distributions.normal import Normal, StudentT
 from likely.distributions.protocol import Distribution
 from likely.networks.linear import Linear
@@ -313,6 +313,8 @@ class TableHead(Head):
         components: K, logistics a numeric column.
         atoms: the most atoms a column may have.
         atom_share: share of the observed cells that makes a value an atom.
+        recall: whether a column on a grid may fall back on the values seen in training, as often as they were seen,
+            where enough of its values come again that are no atoms.
     """
 
     location: Tensor
@@ -320,6 +322,9 @@ class TableHead(Head):
     resolution: Tensor
     atoms: Tensor
     has_atom: Tensor
+    recalled_values: Tensor
+    recalled_counts: Tensor
+    recalled_sizes: Tensor
 
     def __init__(
         self,
@@ -328,6 +333,7 @@ class TableHead(Head):
         components: int = 5,
         atoms: int = 32,
         atom_share: float = 0.005,
+        recall: bool = False,
     ) -> None:
         if not isinstance(space, Table):
             raise Unsupported(f"likelihood 'table' is for tables, got {type(space).__name__}")
@@ -347,7 +353,12 @@ class TableHead(Head):
         slots = atoms if any(column.resolution for column in columns) else 0
         self.register_buffer("atoms", torch.zeros(len(columns), slots, dtype=torch.float64))
         self.register_buffer("has_atom", torch.zeros(len(columns), slots, dtype=torch.bool))
-        self.per_column = 3 * components + slots
+        self.recall = recall and bool(slots)
+        if self.recall:
+            self.register_buffer("recalled_values", torch.zeros(0, dtype=torch.float64))
+            self.register_buffer("recalled_counts", torch.zeros(0, dtype=torch.float64))
+            self.register_buffer("recalled_sizes", torch.zeros(len(columns), dtype=torch.int64))
+        self.per_column = 3 * components + slots + self.recall
         outputs = sum(self.levels) + len(columns) * self.per_column
         self.output = glorot(Linear(context_shape[0], outputs))
 
@@ -398,7 +409,34 @@ class TableHead(Head):
                 rest = max(1.0 - float(share.sum()), 1e-3)
                 bias[i, :k] = torch.log(torch.tensor(rest / k))
                 bias[i, 3 * k : 3 * k + len(values)] = torch.log(share.clamp(min=1e-4))
+        if self.recall:
+            self._remember(picked, bias)
         return bias
+
+    def _remember(self, picked: Tensor, bias: Tensor) -> None:
+        """Keep the values of the columns of which enough come again; give half the rest of the weight to them."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        for i in range(len(self.numeric)):
+            values, counts = _seen(picked[:, i])
+            plain = ~torch.isin(values, self.atoms[i][self.has_atom[i]])
+            again = (counts * (counts > 1) * plain).sum() / counts.sum().clamp(min=1)
+            if not (self.resolution[i] > 0 and again > _LEAST_RECALLED):
+                values, counts = values[:0], counts[:0]
+            kept.append((values, counts))
+            k = self.components
+            bias[i, -1] = torch.logsumexp(bias[i, :k], 0) - 0.7 if len(values) else 0.0
+            bias[i, :k] -= 0.7 if len(values) else 0.0
+        self.recalled_values = torch.cat([values for values, _ in kept]).to(self.recalled_values)
+        self.recalled_counts = torch.cat([counts for _, counts in kept]).to(self.recalled_counts)
+        self.recalled_sizes.copy_(torch.tensor([len(values) for values, _ in kept]))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """What is recalled has the size that the data gave it."""
+        for name in ("recalled_values", "recalled_counts"):
+            found = state_dict.get(prefix + name)
+            if self.recall and found is not None:
+                setattr(self, name, getattr(self, name).new_zeros(found.shape))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, context: Tensor) -> TableDistribution:
         values = full_precision(self.output(context))
@@ -412,7 +450,15 @@ class TableHead(Head):
             block = values[..., start:].reshape(*values.shape[:-1], len(self.numeric), self.per_column)
             k = self.components
             weights, means, log_scales, atoms = block.split([k, k, k, self.per_column - 3 * k], -1)
-            atoms = atoms.masked_fill(~self.has_atom, -torch.inf)
+            has = self.has_atom
+            recalled = None
+            if self.recall:
+                has = torch.cat([has, self.recalled_sizes.unsqueeze(-1) > 0], -1)
+                sizes = self.recalled_sizes.tolist()
+                recalled = Recalled(
+                    self.recalled_values.split(sizes), self.recalled_counts.split(sizes), leave_out=self.training
+                )
+            atoms = atoms.masked_fill(~has, -torch.inf)
             mixture = GridLogisticMixture(
                 torch.cat([weights, atoms], -1),
                 means,
@@ -421,6 +467,7 @@ class TableHead(Head):
                 self.unit,
                 self.resolution,
                 self.atoms,
+                recalled,
             )
         return TableDistribution(coded, self.numeric, mixture)
 
@@ -437,6 +484,20 @@ def _thinned(batches: Batches, columns: list[int], most: int = 400_000) -> Tenso
             together = torch.cat(kept)[::2]
             kept, stride, held = [together], 2 * stride, len(together)
     return torch.cat(kept)
+
+
+#: Share of the cells with a value that comes again, and is no atom, from which on a column recalls its values.
+_LEAST_RECALLED = 0.2
+_MOST_RECALLED = 1 << 17
+
+
+def _seen(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct values, ascending, and how often each was seen; those seen most if there are too many."""
+    values, counts = torch.unique(values[~torch.isnan(values)], return_counts=True)
+    if len(values) > _MOST_RECALLED:
+        keep = counts.argsort(descending=True, stable=True)[:_MOST_RECALLED].sort().values
+        values, counts = values[keep], counts[keep]
+    return values, counts.double()
 
 
 def _frequent(values: Tensor, share: float, most: int) -> tuple[Tensor, Tensor]:

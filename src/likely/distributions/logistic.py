@@ -7,6 +7,8 @@ The mass of a logistic between b and a (in units of its scale, b < a) is compute
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,6 +87,59 @@ class DiscretizedLogisticMixture:
         return (u + 1.0) * 0.5 * (self.levels - 1)
 
 
+class Recalled:
+    """For each of some columns on a grid the values seen in training and how often: their empirical law.
+
+    Args:
+        values: of each column, ascending, float64 raw values; empty where nothing is recalled.
+        counts: how often each was seen, float64.
+        leave_out: whether the example at hand is one of those counted, and is left out of the law that it is held
+            against.  So training learns how much a value that was seen before is worth to a new example.
+    """
+
+    def __init__(self, values: Sequence[Tensor], counts: Sequence[Tensor], leave_out: bool = False) -> None:
+        self.values, self.counts, self.leave_out = list(values), list(counts), leave_out
+
+    def __getitem__(self, columns: slice) -> Recalled:
+        """The laws of some of the columns."""
+        return Recalled(self.values[columns], self.counts[columns], self.leave_out)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log of the share of the training values that x is, −inf for none: shape of x, ``(*lead, columns)``."""
+        found = []
+        for j, (values, counts) in enumerate(zip(self.values, self.counts)):
+            cell = x[..., j].to(values).contiguous()
+            if not len(values):
+                found.append(torch.full_like(cell, -torch.inf))
+                continue
+            place = torch.searchsorted(values, cell).clamp(max=len(values) - 1)
+            times = torch.where(values[place] == cell, counts[place], 0.0)
+            total = counts.sum()
+            if self.leave_out:
+                times, total = (times - 1.0).clamp(min=0.0), total - 1.0
+            found.append(torch.log(times) - torch.log(total))
+        return torch.stack(found, -1)
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        """A value for each uniform variate, shape ``(*lead, columns)``; 0 where nothing is recalled."""
+        found = []
+        for j, (values, counts) in enumerate(zip(self.values, self.counts)):
+            if not len(values):
+                found.append(torch.zeros_like(uniform[..., j], dtype=torch.float64))
+                continue
+            points = uniform[..., j].double().contiguous() * counts.sum()
+            found.append(values[torch.searchsorted(counts.cumsum(0), points).clamp(max=len(values) - 1)])
+        return torch.stack(found, -1)
+
+    def mean(self) -> Tensor:
+        """Mean value of each column, float64; 0 where nothing is recalled."""
+        found = [
+            (values * counts).sum() / counts.sum() if len(values) else values.new_zeros(())
+            for values, counts in zip(self.values, self.counts)
+        ]
+        return torch.stack(found)
+
+
 class GridLogisticMixture:
     """Numeric columns: a mixture of K logistics and A atoms, on the grid of each column, or a density without a grid.
 
@@ -98,6 +153,8 @@ class GridLogisticMixture:
         location, scale: shape ``(columns,)``, float64: raw value = location + scale · standard value.
         resolution: shape ``(columns,)``, float64: r, or 0.
         atoms: shape ``(columns, A)``, float64 raw values.
+        recalled: the empirical law of each column, whose weight is the last of the logits (K + A + 1 of them); None for
+            none.
     """
 
     def __init__(
@@ -109,9 +166,11 @@ class GridLogisticMixture:
         scale: Tensor,
         resolution: Tensor,
         atoms: Tensor,
+        recalled: Recalled | None = None,
     ) -> None:
         self.logits, self.means, self.given_log_scales = logits, means, log_scales
         self.location, self.scale, self.resolution, self.atoms = location, scale, resolution, atoms
+        self.recalled = recalled
 
     @lazy
     def log_weights(self) -> Tensor:
@@ -148,6 +207,9 @@ class GridLogisticMixture:
             spikes = torch.zeros_like(hit, dtype=cells.dtype).masked_fill(~hit, -torch.inf)
             spikes = spikes.expand(*cells.shape[:-1], -1)
             cells = torch.cat([cells, spikes], -1)
+        if self.recalled is not None:
+            recalled = self.recalled.log_prob(x).to(cells.dtype).unsqueeze(-1)
+            cells = torch.cat([cells, recalled.expand(*cells.shape[:-1], 1)], -1)
         return torch.logsumexp(self.log_weights + cells, -1)
 
     def sample(self, noise: Noise) -> Tensor:
@@ -160,9 +222,12 @@ class GridLogisticMixture:
         standard = mean + spread * _logit(noise.uniform(shape).to(self.means))
         value = self._to_grid(self.location + self.scale * standard.double())
         if self.atoms.shape[-1]:
-            atom = (chosen - components).clamp(min=0).unsqueeze(-1)
+            atom = (chosen - components).clamp(0, self.atoms.shape[-1] - 1).unsqueeze(-1)
             spike = self.atoms.expand(*shape, -1).gather(-1, atom).squeeze(-1)
             value = torch.where(chosen >= components, spike, value)
+        if self.recalled is not None:
+            again = self.recalled.draw(noise.uniform(shape).to(self.means.device))
+            value = torch.where(chosen == self.log_weights.shape[-1] - 1, again, value)
         return value
 
     def best(self, weights: Tensor | None = None) -> Tensor:
@@ -172,6 +237,8 @@ class GridLogisticMixture:
         """Mean value, raw units, float64, not on the grid: shape ``(*lead, columns)``."""
         values = self.location.unsqueeze(-1) + self.scale.unsqueeze(-1) * self.means.double()
         values = torch.cat([values, self.atoms.expand(*values.shape[:-1], -1)], -1)
+        if self.recalled is not None:
+            values = torch.cat([values, self.recalled.mean().expand(values.shape[:-1]).unsqueeze(-1)], -1)
         return (self.log_weights.double().exp() * values).sum(-1)
 
     def _to_grid(self, value: Tensor) -> Tensor:

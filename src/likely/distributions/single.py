@@ -51,4 +51,5 @@ def _one_number(mixture: GridLogisticMixture, at: slice) -> GridLogisticMixture:
         mixture.scale[at],
         mixture.resolution[at],
         mixture.atoms[at],
+        None if mixture.recalled is None else mixture.recalled[at],
     )

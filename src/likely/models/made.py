@@ -32,7 +32,6 @@ A column of very many categories is spelled as two, cluster and member of the cl
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -173,6 +172,8 @@ class Made(Model):
                 start = list(range(space.dims)) if isinstance(order, str) else [int(t) for t in order]
             starts.append(self.spelling.order(start))
         options = dict(likelihood_options or {})
+        if isinstance(self.spelling.inner, Table):
+            options = {"recall": True, **options}
         self.members = nn.ModuleList()
         for k, start in enumerate(starts[:1] if self.any_order else starts):
             self.members.append(
@@ -409,7 +410,9 @@ class Made(Model):
         spelled = _Spelled(batches, self.spelling)
         rows: Tensor | None = None
         if any(member.sketch is not None for member in self._each()):
-            reservoir = Reservoir(min(SKETCH_ROWS, SKETCH_CELLS // len(self.spelling.source)), len(self.spelling.source))
+            reservoir = Reservoir(
+                min(SKETCH_ROWS, SKETCH_CELLS // len(self.spelling.source)), len(self.spelling.source)
+            )
             for x, _ in spelled:
                 reservoir.add(x)
             rows = reservoir.rows()
@@ -725,7 +728,8 @@ class _Member(nn.Module):
         """Let every numeric column without many atoms begin as the normal law that the sketch's regression left."""
         k = head.components
         for i, deviation in enumerate(left):
-            share = torch.softmax(torch.cat([bias[i, :k], bias[i, 3 * k :][head.has_atom[i]]]), 0)[k:].sum()
+            atoms = bias[i, 3 * k : 3 * k + head.atoms.shape[1]][head.has_atom[i]]
+            share = torch.softmax(torch.cat([bias[i, :k], atoms]), 0)[k:].sum()
             if k not in _NORMAL or share > MOST_ATOMS:
                 sketch.forget(i)
                 continue
