@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -23,6 +24,9 @@ from likely.exact.functions import log
 #: sent what the cell is: its values, shape ``(n,)``, NaN where it is absent.
 Walk: TypeAlias = Callable[[int, "Tensor | None"], Generator[Distribution, Tensor, None]]
 
+#: ``orders(n)``: the cells of n flattened examples in the order of a walk, each example's own: int64, ``(n, cells)``.
+Orders: TypeAlias = Callable[[int], Integers]
+
 #: ``backwards(x, condition)`` gives the distributions that a walk over x would yield, the last one first.
 Backwards: TypeAlias = Callable[[Tensor, "Tensor | None"], Iterable[Distribution]]
 
@@ -36,7 +40,8 @@ class SequentialCodec:
     Args:
         space: of the examples; where it has missing cells, the walk knows laws that do without them.
         network: holds everything that is computed.
-        order: the cells of a flattened example, in the order of the walk.
+        order: the cells of a flattened example, in the order of the walk; or each example's own order, where all cells
+            are of one kind.
         walk: gives the distributions in order.
         backwards: gives them in reverse, for encoding; by default a walk is remembered.
         spare_bits: see :meth:`likely.contract.Model.codec`.
@@ -48,13 +53,13 @@ class SequentialCodec:
         self,
         space: Space,
         network: Network,
-        order: Sequence[int],
+        order: Sequence[int] | Orders,
         walk: Walk,
         backwards: Backwards | None = None,
         spare_bits: Sequence[int] | None = None,
     ) -> None:
-        self._rows, self._network, self._order = Rows(space), network, list(order)
-        self._walk, self._backwards = walk, backwards
+        self._rows, self._network, self._walk, self._backwards = Rows(space), network, walk, backwards
+        self._orders = order if callable(order) else functools.partial(_same_order, np.asarray(order, np.int64))
         self._columns = [Rows(Table(columns=(c,))) for c in space.columns] if isinstance(space, Table) else []
         spare = iter(spare_at_most(spare_bits, space) or ())
         self._spare = [[next(spare)] if spare_at_most(None, rows.space) else None for rows in self._columns]
@@ -68,41 +73,44 @@ class SequentialCodec:
         """Code a batch ``(n, *shape)``; NaN marks absent cells."""
         symbols, present = self._rows.symbols(x)
         mask = self._mask(len(symbols), present)
-        cells = symbols.reshape(len(symbols), -1)
+        order = self._orders(len(symbols))
+        cells = np.take_along_axis(symbols.reshape(order.shape), order, 1)
         given = self._rows.values(symbols, present).to(self._network.device)
         backwards = self._remembered if self._backwards is None else self._backwards
-        for t, distribution in zip(reversed(self._order), backwards(given, self._moved(condition)), strict=True):
-            codec = self._codec(distribution, t, mask)
-            codec.push(stack, cells[:, t].reshape(codec.shape))
+        places = reversed(range(order.shape[1]))
+        for i, distribution in zip(places, backwards(given, self._moved(condition)), strict=True):
+            codec = self._codec(distribution, order[:, i], mask)
+            codec.push(stack, cells[:, i].reshape(codec.shape))
 
     def pop(self, stack: Stack, n: int, condition: Tensor | None = None, present: Mask | None = None) -> Tensor:
         """Decode a batch of ``n`` examples."""
         mask = self._mask(n, present)
-        cells = np.zeros((n, len(self._order)), np.int64)
+        order = self._orders(n)
+        cells = np.zeros(order.shape, np.int64)
         walk = self._walk(n, self._moved(condition))
         last: Any = None
-        for t in self._order:
-            cells[:, t] = self._codec(walk.send(last), t, mask).pop(stack).reshape(n)
-            last = self._values(cells[:, t], t, mask).to(self._network.device)
+        for t in order.T:
+            symbols = self._codec(walk.send(last), t, mask).pop(stack).reshape(n)
+            np.put_along_axis(cells, t[:, None], symbols[:, None], 1)
+            last = self._values(symbols, t, mask).to(self._network.device)
         return self._rows.values(cells.reshape(n, *self._rows.space.shape), present)
 
     def legal(self, x: Tensor) -> Tensor:
         """Which cells can be coded: all that are within the space."""
         return torch.ones(x.shape, dtype=torch.bool)
 
-    def _codec(self, distribution: Distribution, t: int, mask: Mask | None) -> CellCodec:
-        """The codec of cell t of all examples."""
-        spare = self._spare[t] if self._columns else None
+    def _codec(self, distribution: Distribution, t: Integers, mask: Mask | None) -> CellCodec:
+        """The codec of the cells ``t`` of all examples, one of each."""
+        spare = self._spare[t[0]] if self._columns and len(t) else None
         codec = codec_of(distribution, spare_bits=spare)
-        if mask is None or mask[:, t].all():
+        if mask is None:
             return codec
-        return codec_of(distribution, mask[:, t].reshape(codec.shape), spare_bits=spare)
+        return codec_of(distribution, _picked(mask, t).reshape(codec.shape), spare_bits=spare)
 
-    def _values(self, symbols: Integers, t: int, mask: Mask | None) -> Tensor:
-        """The values of cell t, shape ``(n,)``, as a walk is sent them."""
-        present = None if mask is None else mask[:, t : t + 1]
-        rows = self._columns[t] if self._columns else self._rows
-        return rows.values(symbols[:, None], present)[:, 0]
+    def _values(self, symbols: Integers, t: Integers, mask: Mask | None) -> Tensor:
+        """The values of these cells, shape ``(n,)``, as a walk is sent them."""
+        rows = self._columns[t[0]] if self._columns and len(t) else self._rows
+        return rows.values(symbols[:, None], None if mask is None else _picked(mask, t)[:, None])[:, 0]
 
     def _mask(self, n: int, present: Mask | None) -> Mask | None:
         """Which cells are there, shape ``(n, cells)``; None if all are."""
@@ -119,10 +127,20 @@ class SequentialCodec:
         """The distributions of a walk over x, the last one first."""
         walk = self._walk(len(x), condition)
         found, last = [], None
-        for t in self._order:
+        for t in torch.from_numpy(self._orders(len(x)).T).to(x.device):
             found.append(walk.send(last))  # type: ignore[arg-type]
-            last = x.flatten(1)[:, t]
+            last = x.flatten(1).gather(1, t.unsqueeze(1)).squeeze(1)
         return reversed(found)
+
+
+def _same_order(order: Integers, n: int) -> Integers:
+    return np.tile(order, (n, 1))
+
+
+def _picked(mask: Mask, t: Integers) -> Mask:
+    """The entry t of each row."""
+    picked: Mask = np.take_along_axis(mask, t[:, None], 1)[:, 0]
+    return picked
 
 
 class Fine(nn.Module):

@@ -40,9 +40,10 @@ from likely.contract import (
 )
 from likely.distributions import Distribution
 from likely.distributions.categorical import sample_categories
-from likely.distributions.cells import Alphabet, Columns
+from likely.distributions.cells import Alphabet, Columns, best_of_draws
 from likely.networks import Features, Linear
 from likely.networks.attention import Cache
+from likely.networks.ngrams import NGrams
 from likely.networks.transformer import TransformerLayers
 from likely.noise import Noise, SharedNoise
 
@@ -68,6 +69,10 @@ class Transformer(Model):
         likelihood: ``auto`` or a name of :func:`likely.distributions.likelihoods`.
         likelihood_options: options of the likelihood, such as ``{"components": 5}``.
         tied: whether a symbol has one vector for being read and for being predicted; for tokens.
+        ngrams: lengths of the runs of symbols that have vectors of their own, such as (2, 3, 4): what a small network
+            would need its first layers for is looked up (hashed, as in Pagnoni et al. 2024, arXiv 2412.09871, section
+            3.2.1).  They cost memory and hardly any time; for tokens.
+        ngram_bits: log2 of the number of vectors of each length.
 
     Raises:
         Unsupported: an option does not suit the space.
@@ -94,6 +99,8 @@ class Transformer(Model):
         likelihood: str = "auto",
         likelihood_options: Mapping[str, Any] | None = None,
         tied: bool = False,
+        ngrams: Sequence[int] = (),
+        ngram_bits: int = 15,
     ) -> None:
         super().__init__(space, condition)
         for name, number in (("width", width), ("layers", layers), ("hidden", hidden or 1)):
@@ -110,6 +117,11 @@ class Transformer(Model):
             self.cells: Alphabet | Columns = Columns(space, width, likelihood_options)
         else:
             self.cells = Alphabet(space, width, likelihood, likelihood_options, tied=tied)
+        self.ngrams: NGrams | None = None
+        if ngrams:
+            if not isinstance(space, Tokens):
+                raise Unsupported("ngrams: only tokens have runs of symbols that mean the same in every place")
+            self.ngrams = NGrams(ngrams, ngram_bits, space.vocab, width)
         self.begin = nn.Parameter(torch.zeros(width))
         self.place = nn.Parameter(torch.zeros(space.dims, width))
         self.layers = TransformerLayers(
@@ -125,8 +137,13 @@ class Transformer(Model):
     def _hidden(self, x: Tensor, context: Tensor | None) -> Tensor:
         """h, for cells of shape ``(n, T)``: shape ``(n, T, width)``."""
         begin = self.begin.expand(len(x), 1, -1)
-        tokens = torch.cat([begin, self.cells.read(x[:, :-1])], 1) if x.shape[1] > 1 else begin
+        tokens = torch.cat([begin, self._tokens(x[:, :-1], 0)], 1) if x.shape[1] > 1 else begin
         return self.layers(self._placed(tokens, 0, context))
+
+    def _tokens(self, x: Tensor, start: int) -> Tensor:
+        """e(x_t) for the cells from ``start`` on, given all up to the last of them, shape ``(n, cells)``."""
+        tokens = self.cells.read(x[:, start:], start)
+        return tokens if self.ngrams is None else tokens + self.ngrams(x, start)
 
     def _placed(self, tokens: Tensor, start: int, context: Tensor | None) -> Tensor:
         """Tokens with the vectors of their places and of the condition."""
@@ -172,7 +189,7 @@ class Transformer(Model):
 
     def _next(self, x: Tensor, t: int, caches: list[Cache], context: Tensor | None) -> Distribution:
         """The law of cell t of all examples, from their cells before it, ``(n, T)``; extends the caches."""
-        token = self.cells.read(x[:, t - 1 : t], t - 1) if t else self.begin.expand(len(x), 1, -1)
+        token = self._tokens(x[:, :t], t - 1) if t else self.begin.expand(len(x), 1, -1)
         h = self.layers(self._placed(token, t, context), caches)
         return self.cells.law(h[:, 0], t)
 
@@ -229,7 +246,7 @@ class Transformer(Model):
             drawn, log_w = self._completed(flat.repeat_interleave(m, 0), context, SharedNoise(noise, n, m))
         drawn, log_w = drawn.reshape(n, m, -1).to(flat.dtype), torch.log_softmax(log_w.reshape(n, m), 1)
         if not draws:
-            best = self._best(drawn, log_w.exp().to(drawn.dtype))
+            best = best_of_draws(self.space, drawn, log_w.exp().to(drawn.dtype))
             return torch.where(holes, best, flat).reshape(x.shape)
         if not only_end:
             chosen = sample_categories(log_w, noise.uniform((n, draws)).to(log_w))
@@ -257,22 +274,6 @@ class Transformer(Model):
             if t + 1 < x.shape[1]:
                 law = walk.send(cells)
         return x, log_p
-
-    def _best(self, drawn: Tensor, weights: Tensor) -> Tensor:
-        """The mean of numbers and the most frequent code, over draws ``(n, m, T)`` with weights ``(n, m)``."""
-        mean = (drawn * weights.unsqueeze(-1)).sum(1)
-        if isinstance(self.space, (Binary, Integers)):
-            return mean.round()
-        columns = self.space.columns if isinstance(self.space, Table) else ()
-        for t in range(drawn.shape[2]):
-            if columns and columns[t].numeric:
-                if columns[t].resolution is not None:
-                    mean[:, t] = columns[t].from_index(columns[t].to_index(mean[:, t])).to(mean)
-                continue
-            codes = drawn[:, :, t].long()
-            share = mean.new_zeros(len(codes), int(codes.max()) + 1).scatter_add_(1, codes, weights)
-            mean[:, t] = share.argmax(1).to(mean.dtype)
-        return mean
 
     def codec(
         self, spacing: float | None = None, bound: float | None = None, spare_bits: Sequence[int] | None = None
