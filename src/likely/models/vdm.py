@@ -19,6 +19,7 @@ own, learned with all the others.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -50,6 +51,7 @@ from likely.diffusion.bound import (
     weighted_error,
 )
 from likely.diffusion.data import LevelData, TableData, make_data
+from likely.diffusion.distillation import distillation_error
 from likely.diffusion.levels import Adaptive, Ends, Learned, Levels, Linear, draw, grid, make_levels, spread_over_batch
 from likely.diffusion.likelihood import EXACT_CELLS, flow, log_density
 from likely.diffusion.parameterisation import F, Pair, make_parameterisation
@@ -162,6 +164,7 @@ class VDM(Model):
             width += math.prod(self.condition_features.shape) + (condition_dropout > 0)
         image = len(self.data.shape) == 3 and min(self.data.shape[1:]) >= 8
         name = ("unet" if image else "mlp") if network == "auto" else network
+        self._teacher: list[VDM | None] = [None]  # in a list, so that it is no part of this module
         built = denoiser(name, self.data.shape, width, **dict(network_options or {}))
         self.denoise = Denoiser(built, make_parameterisation(parameterisation), ends)
 
@@ -221,6 +224,8 @@ class VDM(Model):
     def loss(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None, step: int = 0) -> Loss:
         """−bound per dimension, one level an example, spread over the batch; with a ``weighting`` the weighted sum."""
         noise = noise_or_global(noise, x)
+        if self.teacher is not None:
+            return self._distillation_loss(x, condition, noise)
         kept = None
         if self.condition_dropout:
             kept = (noise.uniform((len(x), 1)) >= self.condition_dropout).to(x.device)
@@ -248,6 +253,44 @@ class VDM(Model):
             "diffusion" if self.unweighted else "weighted diffusion": -diffusion.mean().detach(),
         }
         return Loss(value, log)
+
+    def student(self, steps: int | None = None) -> VDM:
+        """A copy that is a chain of half as many steps, to be trained on what two steps of this model do to the data.
+
+        Its ``loss`` is that of progressive distillation (:mod:`likely.diffusion.distillation`) for as long as it has a
+        ``teacher``, which is no part of its state; its bound is that of its own chain, its sampler DDIM.  Training it
+        does not initialise it again.
+
+        Args:
+            steps: T of the student; by default half of this model's steps (of its sampler's, in continuous time).
+        """
+        steps = (self.steps or self.sample_steps) // 2 if steps is None else steps
+        options = {"steps": steps, "sampler": "ddim", "sample_steps": None, "weighting": "elbo"}
+        student = VDM(self.space, self.condition, **{**self.config, **options, "weighting_options": None})
+        student.to(self.ends.high)
+        student.load_state_dict(self.state_dict())
+        teacher = copy.deepcopy(self).eval().requires_grad_(False)
+        teacher.teacher = None
+        student._teacher = [teacher]
+        return student
+
+    @property
+    def teacher(self) -> VDM | None:
+        """The model that this one is distilled from, or None."""
+        return self._teacher[0]
+
+    @teacher.setter
+    def teacher(self, teacher: VDM | None) -> None:
+        self._teacher = [teacher]
+
+    def _distillation_loss(self, x: Tensor, condition: Tensor | None, noise: Noise) -> Loss:
+        """w |x* − x̂|² per dimension, which is not nats."""
+        assert self.teacher is not None and self.steps is not None
+        teacher = self.teacher.to(self.ends.high)
+        seen = teacher._see(x, teacher._context(len(x), condition))
+        levels = grid(cast(Levels, teacher.levels), teacher.ends, 2 * self.steps)
+        error = distillation_error(self.denoise, teacher.denoise, seen.f, levels, noise, seen.context, seen.coordinates)
+        return Loss(error.mean() / self.space.dims, {"distillation": error.mean().detach()})
 
     # What a user asks of it ----------------------------------------------------------------------------------
 
@@ -366,6 +409,8 @@ class VDM(Model):
 
     def initialise(self, batches: Batches) -> None:
         """Scales, shares of categories, γ_0 of a table, and the root mean square of f, from passes over the data."""
+        if self.teacher is not None:
+            return
         self.data.initialise(batches)
         if self.condition_features is not None:
             self.condition_features.initialise(batches, of_condition=True)
