@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from likely.contract import check_options
 from likely.networks.conditioning import FineFeatures, LevelEmbedding, without_autocast, zero
+from likely.networks.dit import DiT
 from likely.networks.linear import Linear
 from likely.networks.mlp import full_precision, glorot
 from likely.networks.unet import UNet
@@ -51,6 +52,8 @@ def _network(name: str) -> Callable[..., nn.Module]:
         return VectorDenoiser
     if name == "unet":
         return UNet
+    if name == "dit":
+        return DiT
     raise ValueError(f"network: expected one of {', '.join(NAMES)}, got {name!r}")
 
 
