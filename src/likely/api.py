@@ -50,6 +50,7 @@ from likely.contract import (
 )
 from likely.data import Dataset, Dequantise, Passes, Preprocessed, Schema, Split, infer_schema, split
 from likely.data.columns import Encoder, TextCells, Where, spell
+from likely.data.sequences import SequenceForm
 from likely.data.sources import EMBEDDED, Source, recognise
 from likely.data.tables import TableForm
 from likely.evaluation import Evaluation, column_nats, evaluate, held_out, tail_probability
@@ -504,7 +505,15 @@ class Fitted:
 
     # Data out ------------------------------------------------------------------------------------------------
 
-    def sample(self, n: int, *, seed: int = 0, where: Mapping[str, Any] | None = None, temperature: float = 1.0) -> Any:
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        where: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
+        prefix: str | None = None,
+    ) -> Any:
         """``n`` examples in the user's own form: a DataFrame, an array, texts.
 
         Args:
@@ -513,27 +522,33 @@ class Fitted:
                 others of a table, which are drawn given these by importance resampling.
             temperature: below 1 for more usual and less diverse examples, of models whose samples are made of normal
                 noise (flows); at 1 they have the model's own law.
+            prefix: what every example begins with, of texts and sequences; the rest is drawn given it.
 
         Raises:
             ValueError: a column or value is unknown, or the condition is not complete, or the model draws at
-                temperature 1 only.
+                temperature 1 only, or the prefix is none of this data.
         """
-        x, condition = self._sample(n, seed, dict(where or {}), temperature)
+        x, condition = self._sample(n, seed, dict(where or {}), temperature, prefix)
         return self.schema.to_user(x, condition)
 
-    def _sample(self, n: int, seed: int, where: dict[str, Any], temperature: float) -> tuple[Tensor, Tensor | None]:
+    def _sample(
+        self, n: int, seed: int, where: dict[str, Any], temperature: float, prefix: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         if n < 1:
             raise ValueError(f"n: expected at least one example, got {n}")
         condition = self._condition(where, n)
-        if not where:
+        if not where and prefix is None:
             return self._draw(n, condition, seed, temperature), condition
+        name = "where" if prefix is None else "prefix"
         if temperature != 1.0:
-            raise ValueError("temperature: columns that are drawn given others are drawn at temperature 1")
-        if not isinstance(self.schema.space, Table):
+            raise ValueError(f"temperature: cells that are drawn given others ({name}) are drawn at temperature 1")
+        if where and not isinstance(self.schema.space, Table):
             raise ValueError(f"where: this data has no columns, got {', '.join(where)}")
+        if prefix is not None and not isinstance(self.schema.form, SequenceForm):
+            raise ValueError("prefix: expected a model of texts or sequences; this data has columns or pixels")
         if not self.model.can("impute"):
-            raise ValueError(f"where: model {self.model.name()!r} cannot draw some columns given others")
-        row = self._partial_row(where)
+            raise ValueError(f"{name}: model {self.model.name()!r} cannot draw some cells given others")
+        row = self._partial_row(where) if prefix is None else self._begun(prefix)
         pieces = []
         with evaluating(self.model) as device:
             for start in range(0, n, 100):
@@ -543,6 +558,15 @@ class Fitted:
                 drawn = self.model.impute(row.expand(size, -1).to(device), part, noise, draws=1)[0]  # type: ignore[operator]
                 pieces.append(drawn.cpu())
         return torch.cat(pieces), condition
+
+    def _begun(self, prefix: str) -> Tensor:
+        """One sequence of which only the beginning is known, NaN elsewhere: shape ``(1, length)``."""
+        form = self.schema.form
+        assert isinstance(form, SequenceForm)
+        codes = form.codes(prefix, "prefix")
+        row = torch.full((1, form.length), torch.nan, dtype=torch.float64)
+        row[0, : len(codes)] = torch.tensor(codes, dtype=torch.float64)
+        return row
 
     def _draw(self, n: int, condition: Tensor | None, seed: int, temperature: float = 1.0) -> Tensor:
         """``n`` samples, each under its row of the condition where the model has one."""
@@ -619,9 +643,10 @@ class Fitted:
         seed: int = 0,
         where: Mapping[str, Any] | None = None,
         temperature: float = 1.0,
+        prefix: str | None = None,
     ) -> None:
         """Write :meth:`sample` as a file of the fitted data's own kind (``"-"`` is standard output)."""
-        x, condition = self._sample(n, seed, dict(where or {}), temperature)
+        x, condition = self._sample(n, seed, dict(where or {}), temperature, prefix)
         self.schema.write(x, path, condition)
 
     def write_imputed(

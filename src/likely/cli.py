@@ -951,24 +951,29 @@ def score(run: str, data: str, out: str, columns: bool, seed: int, as_json: bool
     likely sample runs/cond -n 100 --where age=30 --where sex=Female
     likely sample runs/digits -n 64 -o digits.npz
     likely sample runs/faces -n 64 --temperature 0.7 -o faces.png       # of a flow
+    likely sample runs/plays -n 3 --prefix "ROMEO:"                      # of texts
     """,
     RUN,
     click.option("-n", "n", type=click.IntRange(min=1), required=True, metavar="N", help="How many examples."),
     click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Value of a given column; repeatable."),
     click.option("--temperature", type=click.FloatRange(min=0.0), default=1.0, show_default=True, metavar="T",
                  help="Below 1: more usual examples, less diverse; flows only."),
+    click.option("--prefix", metavar="TEXT", help="What every text or sequence begins with."),
     _output("File to write; its suffix says the format."),
     SEED,
     THREADS,
 )  # fmt: skip
-def sample(run: str, n: int, where: tuple[str, ...], temperature: float, out: str, seed: int) -> None:
+def sample(
+    run: str, n: int, where: tuple[str, ...], temperature: float, prefix: str | None, out: str, seed: int
+) -> None:
     """Draw N examples from a fitted model, in the form of the data it was fitted to.
 
     A table comes back with the same columns, spellings and resolution.  The same seed gives the same examples.
     """
     fitted = _load(run)
     _check_terminal(fitted, out)
-    fitted.write_samples(out, n, seed=seed, where=_pairs(where, "--where"), temperature=temperature)
+    pairs = _pairs(where, "--where")
+    fitted.write_samples(out, n, seed=seed, where=pairs, temperature=temperature, prefix=prefix)
 
 
 @_verb(

@@ -117,6 +117,26 @@ class SequenceForm:
         if rows:
             store.append(np.stack(rows))
 
+    def codes(self, text: str, name: str) -> list[int]:
+        """The codes of the beginning of a sequence, which leaves at least one symbol of ``length`` to come.
+
+        Raises:
+            DataError: it is too long, or has a character that the alphabet lacks.
+
+        >>> SequenceForm("strings", 4, ("a", "b")).codes("ba", "prefix")
+        [1, 0]
+        """
+        symbols: Sequence[Any] = text.encode() if self.alphabet is None else text
+        if len(symbols) >= self.length:
+            raise DataError(f"{name}: expected fewer symbols than the {self.length} of an example, got {len(symbols)}")
+        if self.alphabet is None:
+            return list(symbols)
+        codes = {character: code for code, character in enumerate(self.alphabet)}
+        for character in symbols:
+            if character not in codes:
+                raise DataError(f"{name}: expected symbols of {''.join(self.alphabet)[:80]!r}, got {character!r}")
+        return [codes[character] for character in symbols]
+
     def _bytes(self, x: Tensor) -> list[bytes]:
         self.space.validate(x.detach().cpu(), "x")
         out = []
