@@ -39,7 +39,7 @@ FRESH_EXAMPLES, SAMPLES = 4096, 20_000
 _TINY: dict[type[Space], tuple[Space, ...]] = {
     Binary: (Binary((2, 3)), Binary((1, 2, 4))),
     Integers: (Integers((2,), 3), Integers((1, 2, 2), 3)),
-    Reals: (Reals((2,)), Reals((1, 2, 2))),
+    Reals: (Reals((2,)), Reals((3, 1, 1))),  # three dimensions: more cannot be summed where a density is sharp
     Counts: (Counts((2,)),),
     Tokens: (Tokens(3, 3),),
     Table: (

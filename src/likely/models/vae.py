@@ -1,16 +1,19 @@
 """Variational autoencoder (Kingma & Welling 2013, arXiv 1312.6114), with importance weighting and any space.
 
     p(x, z) = p(z) p(x | z)        prior and likelihood
-    q(z | x) = N(μ(x), diag σ²(x))  amortised posterior
+    q(z | x) = N(μ(x), diag σ²(x))  amortised posterior, or this normal pushed through a flow z = f(ε; h(x))
 
     L(x)   = E_q[log p(x | z)] − KL(q(z | x) ‖ p(z))           ≤ log p(x)      (eq. 3)
     L_k(x) = E[log (1/k) Σᵢ wᵢ],  wᵢ = p(x | zᵢ) p(zᵢ) / q(zᵢ | x)  ≤ log p(x)   (Burda et al. 2015, 1509.00519, eq. 8)
 
-Symbols: x example, c condition, z latent vector, k ``samples``, ε standard noise, w importance weight.
+Symbols: x example, c condition, z latent vector, k ``samples``, ε standard noise, w importance weight, h what the
+encoder makes of x.
 
 With a condition every law is conditional on it, p(x | c) = ∫ p(z) p(x | z, c) dz.  A missing cell is left out: the
 posterior sees that it is missing, and the bound is one on the log-probability of the observed cells (Mattei &
-Frellsen 2019, MIWAE, arXiv 1812.02633).  The prior may be any model over the latent space.
+Frellsen 2019, MIWAE, arXiv 1812.02633).  The prior may be any model over the latent space, and the posterior any flow
+on it, which sees h: inverse autoregressive ones are those of Kingma et al. 2016 (arXiv 1606.04934), a flow as the prior
+makes the variational lossy autoencoder's (Chen et al. 2017, arXiv 1611.02731).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from likely.bijections import Bijection
 from likely.contract import (
     Batches,
     Binary,
@@ -32,6 +36,7 @@ from likely.contract import (
     Kind,
     Loss,
     Model,
+    NoCodec,
     Reals,
     Space,
     Table,
@@ -67,6 +72,8 @@ class VAE(Model):
         likelihood_options: options of the likelihood's head, such as ``{"components": 5}``.
         prior: ``normal`` for N(0, I), the name of a model, or a model over ``Reals((latent_dim,))``.
         prior_options: options of a prior given by name, such as ``{"components": 50}``.
+        posterior: ``normal``, or the name of a flow, such as ``iaf``, through which the normal is pushed.
+        posterior_options: options of the flow, such as ``{"steps": 4}``.
         samples: k of the bound and of the training objective.
         kl_warmup: training steps over which the loss raises the weight of the KL from 0 to 1; the bound never does.
         free_bits: nats that each latent dimension may cost in the loss without a penalty (Kingma et al. 2016,
@@ -74,7 +81,8 @@ class VAE(Model):
         gradient: how the loss differentiates with respect to the posterior.  ``total`` is the plain gradient of the
             bound; ``path`` leaves out the posterior's score, which has mean zero: Roeder et al. 2017 (1703.09194) for
             k = 1, doubly reparameterised for k > 1 (Tucker et al. 2019, 1810.04152, eq. 8).  Less noise near the
-            optimum, same optimum.
+            optimum, same optimum.  With a flow as the posterior it computes the flow's other direction too, which for
+            ``iaf`` takes ``latent_dim`` times as long.
         hide: share of the training examples of which a random part of the cells is hidden, so that the posterior
             learns to impute; for tables and spaces with missing cells.  The bound never hides anything.
 
@@ -104,6 +112,8 @@ class VAE(Model):
         likelihood_options: Mapping[str, Any] | None = None,
         prior: str | Model = "normal",
         prior_options: Mapping[str, Any] | None = None,
+        posterior: str = "normal",
+        posterior_options: Mapping[str, Any] | None = None,
         samples: int = 1,
         kl_warmup: int = 0,
         free_bits: float = 0.0,
@@ -141,17 +151,19 @@ class VAE(Model):
         out_shape: Sequence[int] = self.decoder.out_shape  # type: ignore[assignment]
         self.likelihood_head = head(likelihood, space, out_shape, **dict(likelihood_options or {}))
         self.prior = _prior(prior, latent_dim, prior_options)
+        self.flow = _flow(posterior, latent_dim, self.encoder.out_features, posterior_options)  # type: ignore[arg-type]
         self.kind: Kind = "lower bound" if self.prior is None else weakest("lower bound", _kind(self.prior))
         if samples > 1:
             self._check_weights()
 
     # The three conditionals of the paper ---------------------------------------------------------------------
 
-    def posterior(self, x: Tensor, context: Tensor | None = None) -> Normal:
-        """q(z | x, c): a normal with a diagonal covariance, shape ``(batch, latent_dim)``."""
+    def posterior(self, x: Tensor, context: Tensor | None = None) -> Normal | Pushed:
+        """q(z | x, c): a normal with a diagonal covariance, shape ``(batch, latent_dim)``, pushed through the flow."""
         h = self.encoder(self.features(x, self._dtype), context)
         mean, log_scale = full_precision(self.posterior_head(h)).chunk(2, -1)
-        return Normal(mean, F.hardtanh(log_scale, -7.0, 5.0))  # a clamp whose gradient is a single operation
+        normal = Normal(mean, F.hardtanh(log_scale, -7.0, 5.0))  # a clamp whose gradient is a single operation
+        return normal if self.flow is None else Pushed(normal, self.flow, full_precision(h))
 
     def likelihood(self, z: Tensor, context: Tensor | None = None) -> Distribution:
         """p(x | z, c) for z of shape ``(*lead, latent_dim)``; the context is broadcast over the draws."""
@@ -173,26 +185,30 @@ class VAE(Model):
     def bound(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Bound:
         """L(x), or L_k(x) with ``samples`` = k > 1: a lower bound on log p(x | c) in nats.
 
-        Parts for k = 1: ``reconstruction`` and ``kl`` (its negative), or with a learned prior ``reconstruction``,
-        ``prior`` and ``entropy``.  For k > 1 the same terms under the normalised weights, and ``tightening``.
+        Parts for k = 1: ``reconstruction`` and ``kl`` (its negative), or with a learned prior or a flow as the
+        posterior ``reconstruction``, ``prior`` and ``entropy``.  For k > 1 the same terms under the normalised weights,
+        and ``tightening``.
         """
         noise = noise_or_global(noise, x)
         context = self._context(condition)
         q = self.posterior(x, context)
         if self.samples > 1:
             return self._importance_bound(x, context, q, self.samples, noise)
-        z = q.sample(noise)
-
+        if self.prior is None and isinstance(q, Normal):
+            # 1. reconstruction: log p(x | z), and 2. KL(q(z | x) || p(z)), in closed form
+            reconstruction = self._log_likelihood(x, q.sample(noise), context)
+            return Bound(self.kind, {"reconstruction": reconstruction, "kl": -q.kl_to_standard().sum(-1)})
+        z, entropy = _draw(q, noise)
         # 1. reconstruction: log p(x | z)
         reconstruction = self._log_likelihood(x, z, context)
-        if self.prior is None:
-            # 2. KL(q(z | x) || p(z)), in closed form
-            return Bound(self.kind, {"reconstruction": reconstruction, "kl": -q.kl_to_standard().sum(-1)})
-        # 2. log p(z), and 3. the entropy of q(z | x), in closed form
-        parts = {"reconstruction": reconstruction, "prior": self.log_prior(z, noise), "entropy": q.entropy().sum(-1)}
-        return Bound(self.kind, parts)
+        # 2. log p(z), and 3. the entropy of q(z | x)
+        return Bound(
+            self.kind, {"reconstruction": reconstruction, "prior": self.log_prior(z, noise), "entropy": entropy}
+        )
 
-    def _importance_bound(self, x: Tensor, context: Tensor | None, q: Normal, samples: int, noise: Noise) -> Bound:
+    def _importance_bound(
+        self, x: Tensor, context: Tensor | None, q: Normal | Pushed, samples: int, noise: Noise
+    ) -> Bound:
         """L_k: with normalised weights w̃, log mean w = Σ w̃ log w + (H[w̃] − log k)."""
         z, log_q = _draws(q, samples, noise)
         # 1. reconstruction, 2. prior over posterior, both under the normalised weights
@@ -233,12 +249,13 @@ class VAE(Model):
             return super().loss(x, condition, noise, step)
         context = self._context(condition)
         q = self.posterior(x, context)
-        z = q.sample(noise)
-        reconstruction = self._log_likelihood(x, z, context).mean()
-        if self.prior is None:
+        if self.prior is None and isinstance(q, Normal):
+            z = q.sample(noise)
             kl = torch.clamp(q.kl_to_standard().mean(0), min=self.free_bits).sum()
         else:
-            kl = (-self.log_prior(z, noise) - q.entropy().sum(-1)).mean().clamp(min=self.free_bits * self.latent_dim)
+            z, entropy = _draw(q, noise)
+            kl = (-self.log_prior(z, noise) - entropy).mean().clamp(min=self.free_bits * self.latent_dim)
+        reconstruction = self._log_likelihood(x, z, context).mean()
         log = {"reconstruction": reconstruction.detach(), "kl": -kl.detach()}
         return Loss((weight * kl - reconstruction) / self.space.dims, log)
 
@@ -248,11 +265,9 @@ class VAE(Model):
         ∇_φ L_k = E Σᵢ w̃ᵢ² (∂ log wᵢ / ∂ zᵢ) (∂ zᵢ / ∂ φ);  ∇_θ L_k = E Σᵢ w̃ᵢ ∂ log wᵢ / ∂ θ.
         """
         q = self.posterior(x, context)
-        frozen = Normal(q.mean.detach().unsqueeze(1), q.log_scale.detach().unsqueeze(1))
-        eps = noise.normal((len(x), self.samples, self.latent_dim)).to(q.mean)
-        z = q.mean.unsqueeze(1) + q.log_scale.exp().unsqueeze(1) * eps
+        z, _, _ = _reparameterised(q, self.samples, noise)
         reconstruction = self._log_likelihood(x, z, context)
-        kl = frozen.log_prob(z).sum(-1) - self.log_prior(z, noise)
+        kl = _frozen_log_q(q, z) - self.log_prior(z, noise)
         log_w = reconstruction - weight * kl
         weights = torch.softmax(log_w.detach(), 1)
         if self.samples > 1 and z.requires_grad:
@@ -277,7 +292,7 @@ class VAE(Model):
         return self.likelihood(z, self._context(condition)).sample(noise)
 
     def encode(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Mean of q(z | x, c): shape ``(batch, latent_dim)``, deterministic."""
+        """Mean of q(z | x, c), with a flow the image of the normal's: shape ``(batch, latent_dim)``, deterministic."""
         return self.posterior(x, self._context(condition)).mean
 
     def decode(self, z: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
@@ -294,11 +309,12 @@ class VAE(Model):
         noise = noise_or_global(noise, x)
         context = self._context(condition)
         q = self.posterior(x, context)
-        z = q.sample(noise)
+        z, entropy = _draw(q, noise)
         cells = self._cells(x, self.likelihood(z, context))
-        common = (
-            self.log_prior(z, noise) + q.entropy().sum(-1) if self.prior is not None else -q.kl_to_standard().sum(-1)
-        )
+        if self.prior is None and isinstance(q, Normal):
+            common = -q.kl_to_standard().sum(-1)
+        else:
+            common = self.log_prior(z, noise) + entropy
         seen = self._observed(x).expand_as(cells).to(cells.dtype)
         count = seen.flatten(1).sum(1).clamp(min=1.0)
         return cells + seen * (common / count).reshape(-1, *[1] * (cells.dim() - 1))
@@ -339,8 +355,13 @@ class VAE(Model):
         It costs the one-sample bound, whatever ``samples`` is: nothing codes the k-sample one.
 
         Raises:
-            NoCodec: the data or the prior have none.
+            NoCodec: the data or the prior have none, or the posterior is a flow.
         """
+        if self.flow is not None:
+            raise NoCodec(
+                "model 'vae' with a flow as its posterior has no codec: bits-back draws z from q(z | x) cell by cell, "
+                "and the flow gives its density along whole vectors only; fit it with posterior=normal to compress"
+            )
         from likely.coding.latent import BOUND, SPACING, LatentCodec
         from likely.coding.rows import Rows
         from likely.exact import network
@@ -431,14 +452,83 @@ class VAE(Model):
         return x.masked_fill(lost, torch.nan)
 
 
-def _draws(q: Normal, samples: int, noise: Noise) -> tuple[Tensor, Tensor]:
+class Pushed:
+    """q(z): a normal with a diagonal covariance pushed through a flow that sees h, z = f⁻¹(ε; h) with ε ~ N(μ, σ²).
+
+    log q(z) = log N(ε; μ, σ²) − log |det ∂z/∂ε| (Kingma et al. 2016, arXiv 1606.04934, eqs. 8–11).
+
+    Args:
+        normal: the law of ε, shape ``(batch, latent_dim)``.
+        flow: from z to ε.
+        h: what the flow sees, shape ``(batch, width)``.
+    """
+
+    def __init__(self, normal: Normal, flow: Bijection, h: Tensor) -> None:
+        self.normal, self.flow, self.h = normal, flow, h
+
+    @property
+    def mean(self) -> Tensor:
+        """The image of the normal's mean, shape ``(batch, latent_dim)``."""
+        return self.flow.inverse(self.normal.mean, self.h)[0]
+
+    def push(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """z of ε, both of shape ``(batch, samples, latent_dim)``, and log |det ∂z/∂ε|, shape ``(batch, samples)``."""
+        batch, samples, _ = eps.shape
+        z, log_det = self.flow.inverse(eps.flatten(0, 1), self.h.repeat_interleave(samples, 0))
+        return z.unflatten(0, (batch, samples)), log_det.unflatten(0, (batch, samples))
+
+
+def _draw(q: Normal | Pushed, noise: Noise) -> tuple[Tensor, Tensor]:
+    """One draw z of q, shape ``(batch, latent_dim)``, and q's entropy: in closed form, or −log q(z) behind a flow."""
+    if isinstance(q, Normal):
+        return q.sample(noise), q.entropy().sum(-1)
+    z, log_q = _draws(q, 1, noise)
+    return z[:, 0], -log_q[:, 0]
+
+
+def _draws(q: Normal | Pushed, samples: int, noise: Noise) -> tuple[Tensor, Tensor]:
     """``samples`` draws z of q and log q(z): shapes ``(batch, samples, latent_dim)`` and ``(batch, samples)``."""
-    batch, latent_dim = q.mean.shape
-    wide = Normal(q.mean.unsqueeze(1), q.log_scale.unsqueeze(1))
-    eps = noise.normal((batch, samples, latent_dim)).to(q.mean)
-    z = wide.mean + wide.log_scale.exp() * eps
-    log_q = -0.5 * (eps.square() + math.log(2.0 * math.pi)) - wide.log_scale
-    return z, log_q.sum(-1)
+    z, standard, log_det = _reparameterised(q, samples, noise)
+    log_scale = (q if isinstance(q, Normal) else q.normal).log_scale.unsqueeze(1)
+    log_q = (-0.5 * (standard.square() + math.log(2.0 * math.pi)) - log_scale).sum(-1)
+    return z, log_q if log_det is None else log_q - log_det
+
+
+def _reparameterised(q: Normal | Pushed, samples: int, noise: Noise) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``samples`` draws z of q, the standard noise they are made of, and the log-det of the flow, if there is one."""
+    normal = q if isinstance(q, Normal) else q.normal
+    batch, latent_dim = normal.mean.shape
+    standard = noise.normal((batch, samples, latent_dim)).to(normal.mean)
+    eps = normal.mean.unsqueeze(1) + normal.log_scale.exp().unsqueeze(1) * standard
+    if isinstance(q, Normal):
+        return eps, standard, None
+    z, log_det = q.push(eps)
+    return z, standard, log_det
+
+
+def _frozen_log_q(q: Normal | Pushed, z: Tensor) -> Tensor:
+    """log q(z) as a function of z alone, shape ``(batch, samples)`` for z of shape ``(batch, samples, latent_dim)``."""
+    if isinstance(q, Pushed):
+        fixed = {name: value.detach() for name, value in q.flow.state_dict(keep_vars=True).items()}
+        h = q.h.detach().repeat_interleave(z.shape[1], 0)
+        eps, log_det = torch.func.functional_call(q.flow, fixed, (z.flatten(0, 1), h))
+        return _frozen_log_q(q.normal, eps.unflatten(0, z.shape[:2])) + log_det.unflatten(0, z.shape[:2])
+    return Normal(q.mean.detach().unsqueeze(1), q.log_scale.detach().unsqueeze(1)).log_prob(z).sum(-1)
+
+
+def _flow(posterior: str, latent_dim: int, context: int, options: Mapping[str, Any] | None) -> Bijection | None:
+    """The flow of the posterior, from z to ε, which sees the encoder's output; None for a plain normal."""
+    if posterior == "normal":
+        if options:
+            raise ValueError(f"posterior_options: the normal posterior has none, got {sorted(options)}")
+        return None
+    from likely.models import find
+
+    model = find(posterior)(Reals((latent_dim,)), Reals((context,)), **dict(options or {}))
+    bijection = getattr(model, "bijection", None)
+    if not isinstance(bijection, Bijection):
+        raise Unsupported(f"posterior: expected 'normal' or the name of a flow, such as 'iaf', got {posterior!r}")
+    return bijection.to(torch.get_default_dtype())
 
 
 def _prior(prior: str | Model, latent_dim: int, options: Mapping[str, Any] | None) -> Model | None:
