@@ -105,9 +105,8 @@ class VectorNetwork(nn.Module):
         super().__init__()
         self.numbers, self.has_context = numbers, context > 0
         body = ResidualMLP if residual else MLP
-        self.body = body(known + context, hidden, activation) if known + context else None
-        width = self.body.out_features if self.body is not None else 0
-        self.output = Linear(width, numbers * cells)
+        self.body = body(max(known + context, 1), hidden, activation)  # of nothing it makes constants
+        self.output = Linear(self.body.out_features, numbers * cells)
         start_small(self.output)
 
     def forward(self, known: Tensor, context: Tensor | None = None) -> Tensor:
@@ -115,7 +114,7 @@ class VectorNetwork(nn.Module):
             if context is None:
                 raise ValueError("context: this bijection was built with one, got None")
             known = torch.cat([known, context], 1)
-        h = known if self.body is None else self.body(known)
+        h = self.body(known if known.shape[1] else known.new_zeros(len(known), 1))
         return examples_last(h, self.output.weight, self.output.bias, self.numbers)
 
 
@@ -151,8 +150,8 @@ class Coupling(Bijection):
     ) -> None:
         super().__init__()
         mask = torch.as_tensor(mask).bool()
-        if not mask.any() or mask.all():
-            raise ValueError("mask: expected both kept and changed cells, got cells of one kind only")
+        if mask.all():
+            raise ValueError("mask: expected cells to change, got a mask that is true everywhere")
         if network is not None and options:
             raise ValueError(f"options: expected none beside a network, got {sorted(options)}")
         self.transform, self.whole = transform, mask.dim() > 1
