@@ -65,7 +65,7 @@ class Transformer(Model):
         heads: of each attention; by default one for every 32 features.
         hidden: width of the networks on tokens; by default four times ``width``.
         activation: ``relu``, ``elu``, ``gelu``, ``silu``, ``softplus`` or ``tanh``.
-        dropout: share of each branch's units dropped in training.
+        dropout: share of each branch's units, and of the runs of ``ngrams``, dropped in training.
         likelihood: ``auto`` or a name of :func:`likely.distributions.likelihoods`.
         likelihood_options: options of the likelihood, such as ``{"components": 5}``.
         tied: whether a symbol has one vector for being read and for being predicted; for tokens.
@@ -84,6 +84,8 @@ class Transformer(Model):
 
     spaces = (Binary, Integers, Tokens, Table)
     conditional = True
+    #: Whether every cell is predicted from the cells before it alone.
+    causal = True
 
     def __init__(
         self,
@@ -121,7 +123,7 @@ class Transformer(Model):
         if ngrams:
             if not isinstance(space, Tokens):
                 raise Unsupported("ngrams: only tokens have runs of symbols that mean the same in every place")
-            self.ngrams = NGrams(ngrams, ngram_bits, space.vocab, width)
+            self.ngrams = NGrams(ngrams, ngram_bits, space.vocab, width, dropout)
         self.begin = nn.Parameter(torch.zeros(width))
         self.place = nn.Parameter(torch.zeros(space.dims, width))
         self.layers = TransformerLayers(

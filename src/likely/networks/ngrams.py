@@ -25,15 +25,17 @@ class NGrams(nn.Module):
         bits: log2 of the number of vectors of each length.
         vocab: symbols 0 … ``vocab`` − 1.
         width: of a vector.
+        dropout: share of the runs that are taken for unknown in training, as many will be later.
     """
 
-    def __init__(self, lengths: Sequence[int], bits: int, vocab: int, width: int) -> None:
+    def __init__(self, lengths: Sequence[int], bits: int, vocab: int, width: int, dropout: float = 0.0) -> None:
         super().__init__()
         if any(n < 2 for n in lengths) or not 1 <= bits <= 24:
             raise ValueError(f"ngrams, ngram_bits: expected lengths from 2 up and 1 to 24, got {lengths} and {bits}")
         self.lengths, self.bits, self.base = tuple(lengths), bits, vocab + 1
         self.embedding = nn.Embedding(len(lengths) << bits, width)
         nn.init.zeros_(self.embedding.weight)
+        self.dropout = nn.Dropout1d(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """Shape ``(n, places)`` to ``(n, places − start, width)``: for the places from ``start`` on."""
@@ -47,7 +49,7 @@ class NGrams(nn.Module):
                 shifted[:, first + lag - start :] = codes[:, first : max(places - lag, 0)]
                 key = key * self.base + shifted
             index = ((key * _GOLDEN) >> 20) & ((1 << self.bits) - 1)
-            vectors = self.embedding(index + (number << self.bits))
+            vectors = self.dropout(self.embedding(index + (number << self.bits)))
             total = vectors if total is None else total + vectors
         assert total is not None
         return total
