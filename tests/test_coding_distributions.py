@@ -12,7 +12,7 @@ import torch
 
 from likely.coding import Damaged, Stack
 from likely.coding.categories import BernoulliCells, CategoricalCells, TabulatedCells, edges_of
-from likely.coding.cells import Cells, elias_pop, elias_steps, floor_log2, share_pop, share_steps
+from likely.coding.cells import Placed, Cells, elias_pop, elias_steps, floor_log2, share_pop, share_steps
 from likely.coding.continuum import DoubleCells, from_ordered, ordered
 from likely.coding.counts import BinomialCells, MultinomialRows, NegativeBinomialCells
 from likely.coding.described import DescribedCells, PatternCells
@@ -63,7 +63,7 @@ def undoes_its_pop(codec, words: int = 400_000) -> None:  # type: ignore[no-unty
 
 def whole(codec: Cells, symbols: np.ndarray) -> None:
     """Over all symbols in order, one a cell of the same law: frequencies are ≥ 1, adjoin, and fill the range."""
-    (step,) = list(codec._steps(symbols))
+    (step,) = (step.all() if isinstance(step, Placed) else step for step in codec._steps(symbols))
     assert step.freq.min() >= 1
     assert step.start[0] == 0
     np.testing.assert_array_equal(step.start[1:], (step.start + step.freq)[:-1])

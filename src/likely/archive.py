@@ -48,10 +48,10 @@ from likely.data.originals import Original, Restored, restore, take_apart
 from likely.exact import Irreproducible
 
 #: What a "rows" payload means; a change that gives other bytes gets a new name.
-CODING = "rows-1"
+CODING = "rows-2"
 #: Compressed bytes of a chunk: enough that lanes, initial bits and checksums cost some 0.1 %.
-CHUNK, LEAST_CHUNK = 500_000, 250_000
-#: Bytes of a chunk's cells, eight a cell; bytes of what is said once of the whole.
+CHUNK, LEAST_CHUNK = 1_000_000, 500_000
+#: Bytes of a chunk's cells as they lie in memory; bytes of what is said once of the whole.
 MOST_CHUNK, MOST_SAID = 64 << 20, 64 << 20
 #: Kinds of chunks.
 HEAD, SCHEMA, MODEL, ROWS, PLAIN = KINDS = ("head", "schema", "model", "rows", "rows-plain")
@@ -61,6 +61,8 @@ Progress = Callable[[str, int, int], None]
 _LENGTH = struct.Struct("<I")
 #: Bytes of cells that generic compression is tried on at full strength.
 _SAMPLE = 1 << 18
+#: Bytes of the places that it is first tried on at its fastest, and about how many places.
+_PLACE, _PLACES = 1 << 16, 16
 #: Rows that the size of a file is judged by, how many of them side by side, and on how many lanes.
 _TRIAL, _TOGETHER, _LANES = 64, 16, 64
 
@@ -134,6 +136,9 @@ class _Layout:
         self._rows = None if isinstance(space, Reals) else Rows(space)
         self._type = np.dtype(_natural_type(space))
         self.may_miss = space.missing
+        #: Whether a cell is a byte, in memory as well; bytes of a row there.
+        self._octets = isinstance(space, Binary | Integers) and self._type.itemsize == 1 and not space.missing
+        self.row = space.dims if self._octets else 8 * space.dims
 
     def sizes(self, n: int) -> tuple[int, int]:
         """Bytes of the values and of the pattern of holes of n rows."""
@@ -142,14 +147,19 @@ class _Layout:
 
     def to_bytes(self, x: Tensor) -> tuple[bytes, bytes]:
         """Values, and the pattern of holes as one bit a cell (empty where the space has none)."""
+        present: np.ndarray | None = None
         if self._rows is None:
-            absent = torch.isnan(x)
-            values, present = torch.nan_to_num(x.double(), 0.0).numpy(), ~absent.numpy()
+            values = torch.nan_to_num(x.double(), 0.0).numpy()
+            present = ~torch.isnan(x).numpy()
+        elif self._octets and x.dtype == torch.uint8:
+            values = x.numpy()
         else:
-            values, found = self._rows.symbols(x)
-            present = np.ones(values.shape, bool) if found is None else found
-        octets = self._ordered(values).astype(self._type.newbyteorder("<")).tobytes()
-        return octets, np.packbits(self._ordered(present)).tobytes() if self.may_miss else b""
+            values, present = self._rows.symbols(x)
+        octets = self._ordered(values).astype(self._type.newbyteorder("<"), copy=False).tobytes()
+        if not self.may_miss:
+            return octets, b""
+        here = np.ones(values.shape, bool) if present is None else present
+        return octets, np.packbits(self._ordered(here)).tobytes()
 
     def present(self, holes: bytes, n: int) -> np.ndarray | None:
         """The pattern of n rows as a mask ``(n, *shape)`` of the cells that are there."""
@@ -181,6 +191,8 @@ class _Layout:
     def from_bytes(self, values: bytes, holes: bytes, n: int) -> Tensor:
         """The batch again."""
         cells = self._unordered(np.frombuffer(values, self._type.newbyteorder("<")), n)
+        if self._octets:
+            return torch.from_numpy(cells.copy())
         present = self.present(holes, n)
         if self._rows is None:
             x = torch.from_numpy(cells.astype(np.float64))
@@ -207,6 +219,11 @@ def _natural_type(space: Space) -> str:
     if not levels:
         return "i8"
     return "u1" if levels <= 1 << 8 else "u2" if levels <= 1 << 16 else "u4"
+
+
+def _fastest(content: bytes) -> bytes:
+    """Content under generic compression at its fastest, which looks back over 32 KiB."""
+    return zlib.compress(content, 1)
 
 
 def _section(content: bytes) -> bytes:
@@ -282,7 +299,7 @@ class _Job:
     def __init__(self, model: Model, spare: list[int], verify: bool = False) -> None:
         self.model, self.spare, self.verify = model.eval(), spare, verify
         self.codec: ModelCodec = model.codec(spare_bits=spare or None)
-        self._cells = _Layout(model.space)
+        self.cells = _Layout(model.space)
         self._condition = None if model.condition is None else _Layout(model.condition)
 
     def to_bytes(self) -> bytes:
@@ -303,14 +320,14 @@ class _Job:
     def encode(self, part: _Part) -> _Coded:
         """Code the rows by the model, or by generic compression where that takes less."""
         n = len(part.x)
-        values, holes = self._cells.to_bytes(part.x)
+        values, holes = self.cells.to_bytes(part.x)
         given: tuple[bytes, ...] = ()
         condition = None  # as the decoder will have it, to the last bit
         if self._condition is not None and part.condition is not None:
             given = self._condition.to_bytes(part.condition)
             condition = self._condition.from_bytes(given[0], given[1], n)
         content = [part.side, values, holes, *given]
-        sections = [_section(part.side), self._cells.pack_holes(holes, n), *map(_section, given)]
+        sections = [_section(part.side), self.cells.pack_holes(holes, n), *map(_section, given)]
         rows = encode_rows(self.codec, part.x, condition)
         near = self._near(part.x, values, len(rows.data))
         plain = _section(values) if near else b""
@@ -335,14 +352,18 @@ class _Job:
     def _near(self, x: Tensor, values: bytes, coded: int) -> bool:
         """Whether generic compression may code the values in fewer bytes than the model.
 
-        At full strength it is slow, so it is first tried at its fastest, then at full strength on some of the rows.
+        At full strength it is slow, so it is first tried at its fastest on some places, then at full strength on some
+        of the rows.
         """
-        if len(zlib.compress(values, 1)) >= 1.5 * coded:
+        apart = max(_PLACE, len(values) // _PLACES)
+        places = [values[first : first + _PLACE] for first in range(0, len(values), apart)]
+        found, seen = (sum(map(len, parts)) for parts in (map(_fastest, places), places))
+        if found * len(values) >= 1.5 * coded * seen:
             return False
         some = x[: max(1, len(x) * _SAMPLE // max(len(values), 1))]
         if len(some) >= len(x):
             return True
-        sample, _ = self._cells.to_bytes(some)
+        sample, _ = self.cells.to_bytes(some)
         return len(_section(sample)) * len(x) < 1.2 * coded * len(some)
 
     def _verify(self, coded: _Coded) -> None:
@@ -358,26 +379,26 @@ class _Job:
             return self._decode(chunk.kind, chunk.payload, chunk.rows, chunk.raw_size, chunk.digest)
 
     def _decode(self, kind: str, payload: bytes, n: int, raw_size: int, digest: bytes) -> _Part:
-        cells = 8 * n * self.model.space.dims
+        cells = n * self.cells.row
         if n > 1 and cells > MOST_CHUNK:
             raise TooLarge("bytes of a chunk's cells", cells, MOST_CHUNK)
-        sizes = self._cells.sizes(n)
+        sizes = self.cells.sizes(n)
         given_sizes = () if self._condition is None else self._condition.sizes(n)
         side_size = raw_size - sum(sizes) - sum(given_sizes)
         if side_size < 0:
             raise Damaged(f"expected {raw_size - side_size} bytes or more for {n} rows, got {raw_size}")
         sections = _Sections(payload)
         side = sections.take(side_size, "side information")
-        holes = self._cells.unpack_holes(sections.raw("pattern of holes"), n) if sizes[1] else b""
+        holes = self.cells.unpack_holes(sections.raw("pattern of holes"), n) if sizes[1] else b""
         given = [sections.take(size, "condition") for size in given_sizes]
         condition = None if self._condition is None else self._condition.from_bytes(given[0], given[1], n)
         if kind == PLAIN:
-            x = self._cells.from_bytes(sections.take(sizes[0], "cells"), holes, n)
+            x = self.cells.from_bytes(sections.take(sizes[0], "cells"), holes, n)
             sections.finish()
         else:
-            present = self._cells.present(holes, n)
+            present = self.cells.present(holes, n)
             x = decode_rows(self.codec, bytes(sections.rest), n, condition, present)
-        content = [side, *self._cells.to_bytes(x), *given]
+        content = [side, *self.cells.to_bytes(x), *given]
         if content_digest(*content) != digest:
             raise Damaged("the decoded content is not what was compressed")
         return _Part(x, condition, side)
@@ -425,7 +446,7 @@ def compress(
     original = take_apart(schema, source, **dict(read or {}))
     spare = _spare_bits(schema.space, original)
     job = _Job(model, spare, verify)
-    step, workers = _plan(original, job.codec, workers)
+    step, workers = _plan(original, job, workers)
     header = {
         "coding": CODING,
         "exactness": original.exactness,
@@ -605,19 +626,18 @@ def _part(original: Original, first: int, step: int, codec: ModelCodec) -> _Part
     return _Part(rows.x, rows.condition, rows.side)
 
 
-def _plan(original: Original, codec: ModelCodec, workers: int | None) -> tuple[int, int]:
+def _plan(original: Original, job: _Job, workers: int | None) -> tuple[int, int]:
     """Rows of a chunk, and how many processes are worth starting."""
     n = original.n
     if not n:
         return 1, 1
-    size = max(float(n), _estimate_bits(codec, original, _TRIAL) / 8)
-    row_bytes = original.rows(0, 1).x.numel() * 8
+    size = max(float(n), _estimate_bits(job.codec, original, _TRIAL) / 8)
     cores = usable_cores() if workers is None else workers
     chunk = max(LEAST_CHUNK, min(CHUNK, size / (2 * cores)))
     count = max(1, round(size / chunk))
     if count > 1 and cores > 1:
         count = -(-count // cores) * cores  # so that all processes end together
-    step = min(-(-n // count), max(1, MOST_CHUNK // row_bytes))
+    step = min(-(-n // count), max(1, MOST_CHUNK // job.cells.row))
     return step, _workers(-(-n // step), workers)
 
 

@@ -112,6 +112,8 @@ _HEADER = struct.Struct("<HHBB")
 _LIMITS = {"lanes": (1, 65535), "opening": (1, 65535), "batch_log2": (4, 16), "growth": (1, 255)}
 #: Rows of the trial that the schedule is chosen by, and cells for each of its lanes.
 _TRIAL_ROWS, _TRIAL_CELLS = 16, 1024
+#: Bytes of code from which on more lanes are worth their price.
+_MUCH = 200_000
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ class Step:
 class Schedule:
     """How many rows are coded at once, and on how many lanes: a function of the number of rows alone.
 
-    After ``done`` rows the next batch has done · growth / 64 rows and the coder done · opening / 16 lanes, both at
-    least 1 and at most what is given; so every step spends what the rows before it earned.
+    After ``done`` rows the next batch has done · growth / 64 rows, at least 1, and the coder lanes / 32 (or 1) and
+    done · opening / 16 more, both at most what is given; so every step spends what the rows before it earned, but for
+    the first lanes, without which the first row would take as long as a batch.
 
     Args:
         lanes: most lanes, 1 … 65535.
@@ -137,7 +140,7 @@ class Schedule:
         growth: sixty-fourths of a row in the next batch for each row done, 1 … 255.
 
     >>> [(step.stop - step.first, step.lanes) for step in Schedule(8, 16, 4, 32).steps(40)]
-    [(1, 1), (1, 1), (1, 2), (1, 3), (2, 4), (3, 6), (4, 8), (6, 8), (9, 8), (12, 8)]
+    [(1, 1), (1, 2), (1, 3), (1, 4), (2, 5), (3, 7), (4, 8), (6, 8), (9, 8), (12, 8)]
     """
 
     lanes: int
@@ -153,10 +156,10 @@ class Schedule:
     def _ramp(self, n: int) -> list[Step]:
         """The steps until batch and lanes have their full size: bounded, however many rows there are."""
         steps: list[Step] = []
-        done, most = 0, 1 << self.batch_log2
+        done, most, first = 0, 1 << self.batch_log2, max(1, self.lanes // 32)
         while done < n:
             rows = max(1, min(most, done * self.growth // 64))
-            lanes = max(1, min(self.lanes, done * self.opening // 16))
+            lanes = min(self.lanes, first + done * self.opening // 16)
             if rows == most and lanes == self.lanes:
                 break
             steps.append(Step(done, min(done + rows, n), lanes))
@@ -220,7 +223,7 @@ def encode_rows(
         codec: of the model.
         x: the rows, ``(n, *shape)``, a tensor or an array.
         condition: one row for each, or None.
-        lanes: most lanes of the coder; by default as many as keep their cost near 0.1 % of the data.
+        lanes: most lanes of the coder; by default as many as cost about 0.1 % of the data.
         schedule: batches and lanes; by default chosen by coding a few rows on trial.
         progress: called after each step with the number of rows done.
     """
@@ -287,6 +290,7 @@ def decode_rows(
     if stack is None:  # no rows
         stack = Stack.from_words(words, 1)
         batches.append(codec.pop(stack, 0, _rows(condition, Step(0, 0, 1)), _rows(present, Step(0, 0, 1))))
+    stack.resize(1)  # as it was before the first step
     stack.finish()
     batches.reverse()
     return torch.cat(batches) if isinstance(batches[0], torch.Tensor) else np.concatenate(batches)
@@ -297,11 +301,11 @@ def choose_schedule(codec: ModelCodec, x: Any, condition: Any | None = None, lan
 
     * opening: a quarter of the bits earned goes into lanes;
     * growth: a step borrows less than half of what was earned; a codec that borrows nothing doubles;
-    * batch: about 2^18 cells;
-    * lanes: one for 750 bytes of code up to 256, beyond that one for 1000 bytes up to 4096.
+    * batch: about 2^19 cells;
+    * lanes: one for 750 bytes of code, or where there are 200 kB for 500 bytes; 0.09 or 0.14 % of it; at most 4096.
     """
     n, cells = len(x), max(1, math.prod(x.shape[1:]))
-    batch_log2 = min(max(18 - (cells - 1).bit_length(), 6), 12)
+    batch_log2 = min(max(19 - (cells - 1).bit_length(), 6), 12)
     if n == 0:
         return Schedule(lanes or 1, batch_log2=batch_log2)
     rows = min(n, _TRIAL_ROWS)
@@ -312,7 +316,7 @@ def choose_schedule(codec: ModelCodec, x: Any, condition: Any | None = None, lan
     borrowed = 32 * (stack.supplied - stack.lanes) / rows
     if lanes is None:
         size = earned * n / 8
-        lanes = int(min(max(min(size / 750, max(256, size / 1000)), 1), 4096))
+        lanes = int(min(max(size / (750 if size < _MUCH else 500), 1), 4096))
     opening = int(min(max(16 * earned / 128, 1), 65535))
     growth = int(min(max(64 * 0.45 * earned / borrowed, 1), 64)) if borrowed > 0 else 64
     return Schedule(lanes, opening, batch_log2, growth)

@@ -10,16 +10,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from likely.coding.cells import (
-    Ahead,
     Cells,
     Floats,
     Integers,
     Interval,
     Mask,
+    Placed,
     Step,
     Unsigned,
     blocks,
-    intervals,
     precision_for,
 )
 from likely.coding.stack import Stack
@@ -32,10 +31,11 @@ _BINARY_REACH = 17 * _BINARY_STEPS
 
 
 @functools.cache
-def _zeros() -> Unsigned:
-    """Frequency of the symbol 0 at every point of the grid of logits."""
+def _both() -> Unsigned:
+    """Frequencies of the symbols 0 and 1 at every point of the grid of logits, one pair after the other."""
     grid = np.arange(-_BINARY_REACH, _BINARY_REACH + 1) / _BINARY_STEPS
-    return (1 + np.floor(sigmoid(-grid) * ((1 << _BINARY) - 2))).astype(np.uint64)
+    zero = (1 + np.floor(sigmoid(-grid) * ((1 << _BINARY) - 2))).astype(np.uint64)
+    return np.stack([zero, np.uint64(1 << _BINARY) - zero], 1).reshape(-1)
 
 
 class BernoulliCells(Cells):
@@ -58,33 +58,32 @@ class BernoulliCells(Cells):
         refuse_non_finite("logits", logits)
         self._logits = self._select(logits)
 
-    def _zero(self, part: slice) -> Unsigned:
-        logits = self._logits[part]
-        grid = np.clip(logits, -17.0, 17.0) * logits.dtype.type(_BINARY_STEPS)
+    def _grid(self, part: slice) -> Floats:
+        """Logits as places on the grid, from 0."""
+        grid = np.minimum(self._logits[part], 17.0)
+        np.maximum(grid, -17.0, out=grid)
+        grid *= grid.dtype.type(_BINARY_STEPS)
         np.rint(grid, out=grid)
-        grid += logits.dtype.type(_BINARY_REACH)
-        return _zeros().take(grid.astype(np.int64))
+        grid += grid.dtype.type(_BINARY_REACH)
+        return grid
 
     def _steps(self, symbols: Integers) -> Iterable[Step]:
         total = np.uint64(1 << _BINARY)
-        ones = symbols.view(np.uint64)
 
-        def of(part: slice) -> tuple[Unsigned, Unsigned]:
-            zero = self._zero(part)
-            return zero * ones[part], np.where(ones[part], total - zero, zero)
+        def place(part: slice) -> tuple[Unsigned, Unsigned]:
+            grid, ones = self._grid(part), symbols[part]
+            grid += grid
+            freq = _both().take(grid.astype(np.int64) + ones)
+            start = total - freq
+            start *= ones.view(np.uint64)
+            return start, freq
 
-        yield intervals(self.count, _BINARY, of)
+        yield Placed(self.count, _BINARY, place)
 
     def _pop(self, stack: Stack) -> Integers:
-        total = np.uint64(1 << _BINARY)
-        zeros = Ahead(self.count, self._zero)
-
-        def find(part: slice, residues: Unsigned) -> tuple[Mask, Unsigned, Unsigned]:
-            zero = zeros[part]
-            ones = residues >= zero
-            return ones, zero * ones, np.where(ones, total - zero, zero)
-
-        return stack.pop(self.count, _BINARY, find)
+        zeros = _both()[::2].copy()
+        found = stack.pop_binary(self.count, _BINARY, lambda part: zeros.take(self._grid(part).astype(np.int64)))
+        return found.astype(np.int64)
 
     def _legal(self, symbols: Integers) -> Mask:
         return symbols.view(np.uint64) < 2
@@ -177,11 +176,60 @@ class CategoricalCells(Cells):
         return f"a code from 0 to {self.levels - 1}"
 
 
+class Tables:
+    """Laws given as tables of equal length, with what finds a symbol in them.
+
+    Args:
+        edges: starts of the symbols, and 2^P: integers, strictly ascending from 0, shape ``(tables, n + 1)``.
+    """
+
+    def __init__(self, edges: ArrayLike) -> None:
+        table = np.asarray(edges)
+        self.precision = int(table[0, -1]).bit_length() - 1
+        if (table[:, 0] != 0).any() or (table[:, -1] != 1 << self.precision).any() or (np.diff(table) < 1).any():
+            raise ValueError("edges: expected rows that ascend strictly from 0 to one power of two")
+        self.count, self.levels = len(table), table.shape[1] - 1
+        self.edges = table.astype(np.uint64).reshape(-1)
+        # Symbol at the low end of every bucket of the range: most buckets hold one symbol only.
+        bits = min(self.precision, self.levels.bit_length() + 3, max(4, ((1 << 20) // len(table)).bit_length() - 1))
+        self._shift = np.uint64(self.precision - bits)
+        buckets = np.arange((1 << bits) + 1) << (self.precision - bits)
+        buckets[-1] -= 1
+        first = np.stack([np.searchsorted(row, buckets, "right") - 1 for row in table])
+        self._first = first.reshape(-1)
+        self._row = first.shape[1]
+        self._halvings = int(np.diff(first).max()).bit_length()
+
+    def find(self, which: Integers | int, residues: Unsigned) -> tuple[Integers, Unsigned, Unsigned]:
+        """Symbols whose ranges hold the residues, with start and freq, by the tables ``which``."""
+        bucket = (residues >> self._shift).view(np.int64)
+        bucket += which * self._row
+        low = self._first.take(bucket)
+        bucket += 1
+        high = self._first.take(bucket)
+        base = which * (self.levels + 1)
+        several = (low != high).nonzero()[0]
+        if len(several):
+            below, above, r = low[several], high[several], residues[several]
+            at = base if isinstance(base, int) else base[several]
+            for step in reversed(range(self._halvings)):
+                next_ = np.minimum(below + (1 << step), above)
+                below = np.where(self.edges.take(at + next_) <= r, next_, below)
+            low[several] = below
+        place = low + base
+        start = self.edges.take(place)
+        place += 1
+        freq = self.edges.take(place)
+        freq -= start
+        return low, start, freq
+
+
 class TabulatedCells(Cells):
     """Symbols 0 … n − 1 under laws given as tables; many cells share one.
 
     Args:
-        edges: starts of the symbols, and 2^P: integers, strictly ascending from 0, shape ``(tables, n + 1)``.
+        edges: starts of the symbols, and 2^P: integers, strictly ascending from 0, shape ``(tables, n + 1)``; or
+            :class:`Tables`.
         which: the table of every cell, integers, shape of the symbols; or one number and ``shape``.
 
     >>> stack = Stack()
@@ -193,65 +241,43 @@ class TabulatedCells(Cells):
 
     def __init__(
         self,
-        edges: ArrayLike,
+        edges: ArrayLike | Tables,
         which: ArrayLike = 0,
         shape: Sequence[int] | None = None,
         present: ArrayLike | None = None,
     ) -> None:
         chosen = np.asarray(which, np.int64)
         super().__init__(chosen.shape if shape is None else shape, present)
-        table = np.asarray(edges)
-        total = int(table[0, -1])
-        self.precision = total.bit_length() - 1
-        if (table[:, 0] != 0).any() or (table[:, -1] != 1 << self.precision).any() or (np.diff(table) < 1).any():
-            raise ValueError("edges: expected rows that ascend strictly from 0 to one power of two")
-        self.levels = table.shape[1] - 1
-        self._edges = table.astype(np.uint64).reshape(-1)
+        self._tables = edges if isinstance(edges, Tables) else Tables(edges)
         self._which: Integers | None = None
-        if len(table) > 1:
+        if self._tables.count > 1:
             self._which = self._select(np.broadcast_to(chosen, self.shape))
-        # Symbol at the low end of every bucket of the range, to narrow the search down.
-        bits = min(self.precision, max(4, ((1 << 20) // len(table)).bit_length() - 1))
-        self._shift = np.uint64(self.precision - bits)
-        buckets = np.arange((1 << bits) + 1) << (self.precision - bits)
-        buckets[-1] -= 1
-        first = np.stack([np.searchsorted(row, buckets, "right") - 1 for row in table])
-        self._first = first.reshape(-1)
-        self._row = first.shape[1]
-        self._halvings = int(np.diff(first).max()).bit_length()
 
-    def _at(self, part: slice, length: int) -> Integers | int:
-        return 0 if self._which is None else self._which[part] * length
+    def _table(self, part: slice) -> Integers | int:
+        return 0 if self._which is None else self._which[part]
 
     def _steps(self, symbols: Integers) -> Iterable[Step]:
-        def of(part: slice) -> tuple[Unsigned, Unsigned]:
-            place = symbols[part] + self._at(part, self.levels + 1)
-            start = self._edges.take(place)
-            return start, self._edges.take(place + 1) - start
+        edges, length = self._tables.edges, self._tables.levels + 1
 
-        yield intervals(self.count, self.precision, of)
+        def place(part: slice) -> tuple[Unsigned, Unsigned]:
+            at = symbols[part] + self._table(part) * length
+            start = edges.take(at)
+            at += 1
+            freq = edges.take(at)
+            freq -= start
+            return start, freq
+
+        yield Placed(self.count, self._tables.precision, place)
 
     def _pop(self, stack: Stack) -> Integers:
-        def find(part: slice, residues: Unsigned) -> tuple[Integers, Unsigned, Unsigned]:
-            bucket = (residues >> self._shift).view(np.int64) + self._at(part, self._row)
-            low = self._first.take(bucket)
-            base = self._at(part, self.levels + 1)
-            if self._halvings:
-                high = self._first.take(bucket + 1)
-                for step in reversed(range(self._halvings)):
-                    next_ = np.minimum(low + (1 << step), high)
-                    low = np.where(self._edges.take(base + next_) <= residues, next_, low)
-            place = low + base
-            start = self._edges.take(place)
-            return low, start, self._edges.take(place + 1) - start
-
-        return stack.pop(self.count, self.precision, find)
+        find = self._tables.find
+        return stack.pop(self.count, self._tables.precision, lambda part, r: find(self._table(part), r))
 
     def _legal(self, symbols: Integers) -> Mask:
-        return symbols.view(np.uint64) < self.levels
+        return symbols.view(np.uint64) < self._tables.levels
 
     def _domain(self) -> str:
-        return f"a code from 0 to {self.levels - 1}"
+        return f"a code from 0 to {self._tables.levels - 1}"
 
 
 def edges_of(counts: ArrayLike, precision: int | None = None) -> Integers:

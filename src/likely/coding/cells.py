@@ -52,6 +52,33 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A step of ``count`` cells, all of them, as an :class:`Interval` that is computed where it is needed.
+
+    Args:
+        place: start and freq of part of the cells (a slice).
+    """
+
+    count: int
+    precision: int
+    place: Callable[[slice], tuple[Unsigned, Unsigned]]
+    cells: None = None
+
+    def push(self, stack: Stack) -> None:
+        stack.push_by(self.count, self.precision, self.place)
+
+    def all(self) -> Interval:
+        """The same, computed."""
+        start, freq = np.empty(self.count, np.uint64), np.empty(self.count, np.uint64)
+        for part in blocks(self.count):
+            start[part], freq[part] = self.place(part)
+        return Interval(start, freq, self.precision)
+
+    def bits(self) -> Floats:
+        return self.all().bits()
+
+
+@dataclass(frozen=True)
 class Share:
     """A step: numbers in ``[0, size)``, all equally likely."""
 
@@ -66,7 +93,7 @@ class Share:
         return np.broadcast_to(bits(np.log(np.asarray(self.sizes, np.float64))), self.values.shape)
 
 
-Step: TypeAlias = Interval | Share
+Step: TypeAlias = Interval | Placed | Share
 
 
 class CellCodec(Protocol):
@@ -190,16 +217,6 @@ def blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
     """Slices that cover ``range(count)``."""
     for first in range(0, count, size):
         yield slice(first, min(first + size, count))
-
-
-def intervals(
-    count: int, precision: int, of: Callable[[slice], tuple[NDArray[Any], NDArray[Any]]], cells: Integers | None = None
-) -> Interval:
-    """An :class:`Interval` step of ``count`` cells, computed block by block: ``of(part)`` gives (start, freq)."""
-    start, freq = np.empty(count, np.uint64), np.empty(count, np.uint64)
-    for part in blocks(count):
-        start[part], freq[part] = of(part)
-    return Interval(start, freq, precision, cells)
 
 
 class Ahead:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from likely.coding.bits_back import BitsBack
-from likely.coding.cells import Mask
-from likely.coding.codec import Codec, ModelCodec
+from likely.coding.categories import Tables, TabulatedCells
+from likely.coding.cells import MOST_PRECISION, Mask
+from likely.coding.codec import Codec, Mapped, ModelCodec
 from likely.coding.distributions import codec_of
+from likely.coding.intervals import NormalCells
 from likely.coding.rows import Rows, spare_at_most
 from likely.coding.stack import Integers, Stack
 from likely.contract import Space
@@ -20,6 +24,7 @@ from likely.exact import Network
 
 #: The grid of the latent values: z = i · SPACING within ± BOUND.
 SPACING, BOUND = 2.0**-8, 16.0
+_MOST = int(BOUND / SPACING)
 
 
 class LatentCodec:
@@ -86,9 +91,19 @@ class LatentCodec:
 
     def _prior_codec(self, n: int) -> Codec:
         if self._prior is None:
-            zero = torch.zeros(n, self._latent_dim)
-            return codec_of(Normal(zero, zero), spacing=SPACING, bound=BOUND)
+            cells = TabulatedCells(_standard_normal(), 0, (n, self._latent_dim))
+            return Mapped(cells, lambda z: z + _MOST, lambda symbols: symbols - _MOST)
         return _Batch(self._prior, n)
+
+
+@functools.cache
+def _standard_normal() -> Tables:
+    """N(0, 1) on the grid as one table: cell i starts at i + ⌊F(i) (2^28 − cells)⌋."""
+    zero = np.zeros(1)
+    cells = NormalCells(zero, zero, SPACING, BOUND)
+    starts = cells.cdf(np.arange(cells.cells + 1)[:, None])[:, 0]
+    starts *= float((1 << MOST_PRECISION) - cells.cells)
+    return Tables((np.floor(starts).astype(np.int64) + np.arange(cells.cells + 1))[None])
 
 
 class _Batch:

@@ -17,7 +17,8 @@ from torch import Tensor
 from likely.coding.cells import Mask
 from likely.coding.continuum import from_ordered, ordered
 from likely.coding.stack import Integers
-from likely.contract import NoCodec, Reals, Space, Table
+from likely.contract import Binary, NoCodec, Reals, Space, Table
+from likely.contract import Integers as Levels
 
 #: The most zeros that may be said to end the bits of a float64's significand.
 _MOST_SPARE = 52
@@ -52,6 +53,7 @@ class Rows:
             )
         self.space, self.spacing = space, spacing
         self._columns = space.columns if isinstance(space, Table) else ()
+        self._small = isinstance(space, Binary) or (isinstance(space, Levels) and space.levels <= 256)
 
     def symbols(self, x: Tensor) -> tuple[Integers, Mask | None]:
         """Symbols of a batch, int64, and which cells are there: shape ``(n, *shape)`` both; None if all are."""
@@ -75,7 +77,10 @@ class Rows:
         return out.numpy(), None if present is None else present.numpy()
 
     def values(self, symbols: Integers, present: Mask | None = None) -> Tensor:
-        """The batch of the symbols; NaN where a cell is absent.  Float64 for tables, reals and spaces with holes."""
+        """The batch of the symbols; NaN where a cell is absent.
+
+        Float64 for tables, reals and spaces with holes, uint8 for up to 256 levels, else int64.
+        """
         given = torch.from_numpy(np.ascontiguousarray(symbols))
         if self._columns:
             out = torch.empty(given.shape, dtype=torch.float64)
@@ -89,7 +94,7 @@ class Rows:
         elif self.spacing is not None:
             out = given.double() * self.spacing
         else:
-            out = given
+            out = given.to(torch.uint8) if self._small else given
         if present is None:
             return out
         return out.double().masked_fill(torch.from_numpy(~np.asarray(present)), torch.nan)

@@ -35,6 +35,9 @@ Unsigned: TypeAlias = NDArray[np.uint64]
 #: that is overwritten later; returns the symbols, and the start and the freq of each.
 Find: TypeAlias = Callable[[slice, Unsigned], tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]
 
+#: ``place(part)``: start and freq of part of the symbols (a slice), uint64.
+Place: TypeAlias = Callable[[slice], tuple[Unsigned, Unsigned]]
+
 #: ``supply(start, stop)``: words number start … stop − 1 of an endless sequence.
 Supply: TypeAlias = Callable[[int, int], Words]
 
@@ -130,20 +133,24 @@ class Stack:
         if starts.ndim != 1:
             raise ValueError(f"start: expected shape (n,), got {starts.shape}")
         freqs = np.broadcast_to(_unsigned(freq, "freq"), starts.shape)
+        self.push_by(len(starts), precision, lambda part: (starts[part], freqs[part]))
+
+    def push_by(self, n: int, precision: int, place: Place) -> None:
+        """As :meth:`push`, for ``n`` symbols whose ranges are computed where they are needed: see :data:`Place`."""
         _check_precision(precision)
         total, keep = np.uint64(1 << precision), np.uint64(64 - precision)
-        for block in reversed(self._blocks(len(starts))):
-            s, f = starts[block], freqs[block]
+        for block in reversed(self._blocks(n)):
+            s, f = place(block)
             others = total - f
             if f.min() < _ONE or f.max() > total or (s > others).any():
                 raise ValueError(_no_room(s, f, precision, block.start))
             self.bits += len(s) * precision - _log2_of_product(f)
+            most = f << keep  # the head may be as large without a word to emit; all of 2^64 becomes 2^64 - 1
+            most -= _ONE
             for part in reversed(self._steps(len(s))):
                 h, spare, flags = self._views(part)
-                freq_ = f[part]
-                np.right_shift(h, keep, spare)
-                self._emit(h, np.greater_equal(spare, freq_, flags))
-                np.floor_divide(h, freq_, spare)
+                self._emit(h, np.greater(h, most[part], flags))
+                np.floor_divide(h, f[part], spare)
                 np.multiply(spare, others[part], spare)
                 np.add(h, spare, h)
                 np.add(h, s[part], h)
@@ -183,6 +190,45 @@ class Stack:
                 self._refill(h, np.less(h, _OPEN, flags))
             size = block.stop - block.start
             self.bits -= size * precision - _log2_of_product(freqs[:size])
+        return symbols
+
+    def pop_binary(self, n: int, precision: int, zeros: Callable[[slice], Unsigned]) -> NDArray[np.bool_]:
+        """Decode ``n`` symbols 0 and 1, of which 0 starts at 0: what :meth:`pop` does, in fewer passes.
+
+        Args:
+            n: how many.
+            precision: that of the push, 1 … 32.
+            zeros: the freq of symbol 0 for part of the symbols (a slice), uint64 from 1 to 2^P − 1.
+
+        Returns:
+            which symbols are 1, shape ``(n,)``.
+
+        Raises:
+            Damaged: the message ended early.
+        """
+        _check_precision(precision)
+        symbols = np.empty(n, bool)
+        mask, shift, total = np.uint64((1 << precision) - 1), np.uint64(precision), np.uint64(1 << precision)
+        rests = np.empty(self.lanes, np.uint64)
+        for block in self._blocks(n):
+            freqs, found = zeros(block), symbols[block]
+            for step in self._steps(block.stop - block.start):
+                h, whole, flags = self._views(step)
+                if self._stirring:
+                    self._stir(h, precision)
+                freq, rest, zero = freqs[step], rests[: len(h)], found[step]
+                # h = q 2^P + r becomes q f + r for a 0 (r < f), and q (2^P − f) + r − f = h − q f − f for a 1.
+                np.bitwise_and(h, mask, rest)
+                np.right_shift(h, shift, whole)
+                np.less(rest, freq, zero)
+                np.multiply(whole, freq, whole)
+                np.add(rest, whole, rest)
+                np.subtract(h, whole, h)
+                np.subtract(h, freq, h)
+                np.copyto(h, rest, where=zero)
+                self._refill(h, np.less(h, _OPEN, flags))
+            self.bits -= len(found) * precision - _log2_of_product(np.where(found, freqs, total - freqs))
+            np.logical_not(found, found)
         return symbols
 
     # ------------------------------------------------------------------------------------------------ whole numbers

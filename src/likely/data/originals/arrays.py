@@ -98,9 +98,15 @@ class Cells:
 
     def take(self, cells: np.ndarray, legal: Legal | None) -> Tensor:
         """What a model sees of the cells, shape ``(rows, *space.shape)``: legal in every cell."""
-        codes, allowed = self._codes(cells)
-        codes[~allowed] = self.placeholder
-        x = self.form.arrange(torch.from_numpy(codes)).contiguous().to(self._held())
+        held = self._held()
+        if held == torch.uint8 and cells.dtype.itemsize == 1:  # what a byte becomes is computed once
+            codes, allowed = self._codes(_OCTETS.view(cells.dtype))
+            codes[~allowed] = self.placeholder
+            x = self.form.arrange(torch.from_numpy(_translated(cells, codes))).contiguous()
+        else:
+            codes, allowed = self._codes(cells)
+            codes[~allowed] = self.placeholder
+            x = self.form.arrange(torch.from_numpy(codes)).contiguous().to(held)
         if legal is not None:
             settle(x, legal, map(np.array, (self.placeholder, self.usual, 0.0)))
         return x
@@ -119,7 +125,11 @@ class Cells:
         """The cells that ``x`` usually stands for, shape ``(rows, *form.shape)``."""
         if tuple(x.shape[1:]) != self.form.space.shape:
             raise DataError(f"x: expected shape (rows, {self.form.space.shape}), got {tuple(x.shape)}")
-        return self._from_codes(np.ascontiguousarray(self.form.disarrange(x.detach().cpu().double()).numpy()))
+        x = x.detach().cpu()
+        if x.dtype == torch.uint8 and self.dtype.itemsize == 1:
+            octets = self.form.disarrange(x).numpy()
+            return _translated(octets, self._from_codes(_OCTETS.astype(np.float64)).view(np.uint8)).view(self.dtype)
+        return self._from_codes(np.ascontiguousarray(self.form.disarrange(x.double()).numpy()))
 
     def _from_codes(self, codes: np.ndarray) -> np.ndarray:
         form, dtype = self.form, self.dtype
@@ -145,6 +155,15 @@ class Cells:
             return np.where(fits, values, 0.0).astype(dtype)
         with np.errstate(over="ignore"):
             return values.astype(dtype)
+
+
+_OCTETS = np.arange(256, dtype=np.uint8)
+
+
+def _translated(cells: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The entry of a table of 256 for every cell of one byte, as bytes of the same shape."""
+    octets = bytearray(np.ascontiguousarray(cells).data.cast("B")) if cells.size else bytearray()
+    return np.frombuffer(octets.translate(table.astype(np.uint8).tobytes()), np.uint8).reshape(cells.shape)
 
 
 # Taking apart -----------------------------------------------------------------------------------------------------
