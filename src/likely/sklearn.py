@@ -276,13 +276,13 @@ class OutlierDetector(OutlierMixin, _Estimator):
     #: Measured once for all sets, labels unused: benchmarks/anomaly.py.
     _MIXTURE: ClassVar[dict[str, Any]] = {
         "components": 20,
-        "smoothing": 30.0,
+        "smoothing": 20.0,
         "passes": 20,
         "restarts": 1,
         "tolerance": 1e-3,
     }
     #: Noise that the rows get before the fit, in standard deviations: a smoothed density, which spikes cannot drive up.
-    _BLUR = 0.1
+    _BLUR = 0.2
     _AUTO = 0.05
 
     def __init__(
@@ -384,7 +384,7 @@ class OutlierDetector(OutlierMixin, _Estimator):
     def _blurred(self, rows: Any) -> Any:
         if self._mixed:
             return rows
-        noise = KeyedNoise(self._seed, content_keys(torch.from_numpy(rows)))
+        noise = KeyedNoise(self._seed, content_keys(torch.tensor(rows)))
         with np.errstate(invalid="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a column without any cell
             scale = np.nan_to_num(np.nanstd(rows, axis=0))
