@@ -41,7 +41,7 @@ class NormConv(nn.Module):
     Args:
         in_channels: channels of x, or of x and ``skip`` together.
         out_channels: channels of y.
-        groups: most groups of the norm; the largest number up to it that divides the channels is taken.
+        groups: most groups of the norm, see :func:`divisor`.
         bias: whether y has a bias of its own; without one, the next norm's shift has it.
         dropout: share of the numbers that the convolution sees which are dropped in training.
     """
@@ -50,7 +50,7 @@ class NormConv(nn.Module):
         self, in_channels: int, out_channels: int, groups: int = 32, bias: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.groups = next(g for g in range(min(groups, in_channels), 0, -1) if in_channels % g == 0)
+        self.groups = divisor(in_channels, groups)
         self.dropout = dropout
         self.gain = nn.Parameter(torch.ones(in_channels))
         self.offset = nn.Parameter(torch.zeros(in_channels))
@@ -73,6 +73,17 @@ class NormConv(nn.Module):
         if x.numel() >= LARGE and not dropping and is_plain(x, self.weight) and not _in_forward_mode():
             return _Lean.apply(*arguments)
         return plain(*arguments, dropout=self.dropout if dropping else 0.0)
+
+
+def divisor(channels: int, groups: int) -> int:
+    """The largest number of groups up to ``groups`` that divides the channels and leaves each group four or more.
+
+    A group of one channel would lose what the shift adds to it.
+
+    >>> divisor(64, 32), divisor(48, 32), divisor(6, 32)
+    (16, 12, 1)
+    """
+    return next(g for g in range(max(1, min(groups, channels // 4)), 0, -1) if channels % g == 0)
 
 
 def plain(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from likely.networks.conditioning import FineFeatures, LevelEmbedding, without_autocast, zero
 from likely.networks.linear import Linear, affine
 from likely.networks.mlp import full_precision
-from likely.networks.normconv import NormConv, group_norm
+from likely.networks.normconv import NormConv, divisor, group_norm
 
 
 class UNet(nn.Module):
@@ -36,7 +36,7 @@ class UNet(nn.Module):
         depth: residual blocks at each resolution on the way down; there is one more on the way up.
         attention: resolutions, counted from 0, whose blocks are followed by self-attention; the middle always is.
         heads: heads of the self-attention.
-        groups: most groups of a norm.
+        groups: most groups of a norm; each has at least four channels.
         dropout: share of the hidden numbers of a block dropped in training.
         fourier: (first, last) powers of :class:`~likely.networks.conditioning.FineFeatures`, or None.
     """
@@ -182,7 +182,7 @@ class SelfAttention(nn.Module):
         if channels % heads:
             raise ValueError(f"heads: expected a divisor of {channels} channels, got {heads}")
         self.heads = heads
-        self.groups = next(g for g in range(min(groups, channels), 0, -1) if channels % g == 0)
+        self.groups = divisor(channels, groups)
         self.gain = nn.Parameter(torch.ones(channels))
         self.offset = nn.Parameter(torch.zeros(channels))
         self.qkv = Linear(channels, 3 * channels)
