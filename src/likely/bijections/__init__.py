@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from likely.bijections.bijection import Bijection, Chain, Inverse, NoInverse
 from likely.bijections.conditioners import Autoregressive, Conditioned, Coupling, Unconditional, VectorNetwork
+from likely.bijections.continuous import Continuous
 from likely.bijections.elementwise import Additive, Affine, Arcsinh, Elementwise, Logit, Sigmoid, Softplus
 from likely.bijections.linear import LU, ActNorm, Householder, InvertibleConvolution, Mixing
 from likely.bijections.logistics import Logistics
 from likely.bijections.permutations import Permutation, Reverse
+from likely.bijections.residual import Planar, Radial, Sylvester
 from likely.bijections.spline import Spline
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Bijection",
     "Chain",
     "Conditioned",
+    "Continuous",
     "Coupling",
     "Elementwise",
     "Householder",
@@ -36,10 +39,13 @@ __all__ = [
     "Mixing",
     "NoInverse",
     "Permutation",
+    "Planar",
+    "Radial",
     "Reverse",
     "Sigmoid",
     "Softplus",
     "Spline",
+    "Sylvester",
     "Unconditional",
     "VectorNetwork",
 ]
