@@ -72,6 +72,9 @@ class VAE(Model):
         likelihood_options: options of the likelihood's head, such as ``{"components": 5}``.
         prior: ``normal`` for N(0, I), the name of a model, or a model over ``Reals((latent_dim,))``.
         prior_options: options of a prior given by name, such as ``{"components": 50}``.
+        two_stage: whether encoder and decoder are trained as with the prior N(0, I), and the prior on their latent
+            vectors, which learn nothing from it (latent diffusion, Rombach et al. 2021, arXiv 2112.10752); otherwise
+            all are trained on the bound (Vahdat et al. 2021, arXiv 2106.05931).  The bound is the same.
         posterior: ``normal``, or the name of a flow, such as ``iaf``, through which the normal is pushed.
         posterior_options: options of the flow, such as ``{"steps": 4}``.
         samples: k of the bound and of the training objective.
@@ -112,6 +115,7 @@ class VAE(Model):
         likelihood_options: Mapping[str, Any] | None = None,
         prior: str | Model = "normal",
         prior_options: Mapping[str, Any] | None = None,
+        two_stage: bool = False,
         posterior: str = "normal",
         posterior_options: Mapping[str, Any] | None = None,
         samples: int = 1,
@@ -138,6 +142,12 @@ class VAE(Model):
         self.kl_warmup, self.free_bits, self.gradient, self.hide = kl_warmup, free_bits, gradient, hide
         widths = tuple(hidden) if hidden else ((32, 64, 256) if network == "conv" else (512, 512))
 
+        if two_stage and (prior == "normal" or samples > 1 or kl_warmup or free_bits or gradient == "path"):
+            raise Unsupported(
+                "two_stage: needs a learned prior, samples=1, gradient='total', no kl_warmup or free_bits"
+            )
+        self.two_stage = two_stage
+
         self.features = Features(space)
         self.condition_features = Features(condition) if condition is not None else None
         width = math.prod(self.condition_features.shape) if self.condition_features is not None else 0
@@ -152,7 +162,8 @@ class VAE(Model):
         self.likelihood_head = head(likelihood, space, out_shape, **dict(likelihood_options or {}))
         self.prior = _prior(prior, latent_dim, prior_options)
         self.flow = _flow(posterior, latent_dim, self.encoder.out_features, posterior_options)  # type: ignore[arg-type]
-        self.kind: Kind = "lower bound" if self.prior is None else weakest("lower bound", _kind(self.prior))
+        self._prior_kind: Kind = "exact" if self.prior is None else _kind(self.prior)
+        self.kind: Kind = weakest("lower bound", self._prior_kind)
         if samples > 1:
             self._check_weights()
 
@@ -245,6 +256,8 @@ class VAE(Model):
         weight = min(1.0, (step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
         if self.gradient == "path":
             return self._path_loss(x, self._context(condition), noise, weight)
+        if self.two_stage:
+            return self._two_stage_loss(x, self._context(condition), noise)
         if self.samples > 1 or (weight == 1.0 and not self.free_bits):
             return super().loss(x, condition, noise, step)
         context = self._context(condition)
@@ -258,6 +271,21 @@ class VAE(Model):
         reconstruction = self._log_likelihood(x, z, context).mean()
         log = {"reconstruction": reconstruction.detach(), "kl": -kl.detach()}
         return Loss((weight * kl - reconstruction) / self.space.dims, log)
+
+    def _two_stage_loss(self, x: Tensor, context: Tensor | None, noise: Noise) -> Loss:
+        """−bound per dimension, with the gradient of −E log p(x | z) + KL(q ‖ N(0, I)) and of −log p(z) for fixed z."""
+        q = self.posterior(x, context)
+        z, entropy = _draw(q, noise)
+        reconstruction = self._log_likelihood(x, z, context).mean()
+        prior = self.log_prior(z.detach(), noise).mean()
+        if isinstance(q, Normal):
+            kl = q.kl_to_standard().sum(-1).mean()
+        else:
+            kl = (0.5 * (z.square() + math.log(2.0 * math.pi)).sum(-1) - entropy).mean()
+        value = (kl - reconstruction - prior) + (prior - kl).detach()  # the gradients, at the value −reconstruction
+        entropy = entropy.mean().detach()
+        log = {"reconstruction": reconstruction.detach(), "prior": prior.detach(), "entropy": entropy}
+        return Loss((value - prior.detach() - entropy) / self.space.dims, log)
 
     def _path_loss(self, x: Tensor, context: Tensor | None, noise: Noise, weight: float) -> Loss:
         """−L_k per dimension, whose gradient reaches the posterior through z alone.
@@ -333,7 +361,11 @@ class VAE(Model):
             draws: 0 for the single best values (posterior mean of a number, mode of a code), shape of ``x``; m for m
                 multiple imputations, shape ``(m, *x.shape)``.
             samples: draws of z that stand for the posterior (self-normalised, Mattei & Frellsen 2019, §4.2).
+
+        Raises:
+            Unsupported: the prior is known only from below, so that its values are no weights.
         """
+        self._check_weights()
         noise = noise_or_global(noise, x)
         context = self._context(condition)
         z, log_q = _draws(self.posterior(x, context), samples, noise)
@@ -346,6 +378,10 @@ class VAE(Model):
         picked = z.gather(1, chosen.unsqueeze(-1).expand(-1, -1, self.latent_dim))
         drawn = self.likelihood(picked, context).sample(noise).movedim(1, 0)
         return torch.where(torch.isnan(x), drawn.to(x.dtype), x)
+
+    def can(self, ability: str) -> bool:
+        """Whether the model has an optional ability; what weighs draws of z needs a prior whose values are exact."""
+        return super().can(ability) and (self._prior_kind == "exact" or ability not in ("log_weights", "impute"))
 
     def codec(
         self, spacing: float | None = None, bound: float | None = None, spare_bits: Sequence[int] | None = None
@@ -410,9 +446,9 @@ class VAE(Model):
         return self._working.dtype
 
     def _check_weights(self) -> None:
-        if self.prior is not None and (kind := _kind(self.prior)) != "exact":
+        if self.prior is not None and self._prior_kind != "exact":
             raise Unsupported(
-                f"samples: prior {self.prior.name()!r} is known only as a {kind}; its values are no importance "
+                f"samples: prior {self.prior.name()!r} is known only as a {self._prior_kind}; its values are no importance "
                 "weights, and with k > 1 samples the result would not be a bound; use samples=1"
             )
 
