@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import likely.evaluation.heldout as heldout
+import test_diffusion as of_diffusion
 from likely import units
 from likely.checks import check_model
 from likely.coding import staircase
@@ -31,6 +32,8 @@ from likely.coding.normals import FactorInnovations
 from likely.contract import Binary, Column, Counts, Integers, Model, Reals, Space, Table
 from likely.data.dataset import Dataset
 from likely.data.preprocessing import Dequantise, Logit, Preprocessed, Standardise
+from likely.diffusion import bound, levels, likelihood, parameterisation, samplers
+from likely.diffusion.data import TableData
 from likely.distributions import logistic
 from likely.distributions.counts import NegativeBinomial
 from likely.distributions.logistic import GridLogisticMixture
@@ -39,6 +42,7 @@ from likely.models.gaussian import Gaussian, _Full
 from likely.models.independent import Independent
 from likely.models.mixture import Mixture
 from likely.models.vae import VAE
+from likely.models.vdm import VDM
 from likely.networks.features import Features
 from toy_models import Autoregressive, Diffusion, Flow
 
@@ -104,6 +108,16 @@ def weighted() -> Model:
 
 def warmed() -> Model:
     return VAE(BITS, latent_dim=2, hidden=(4,), activation="tanh", kl_warmup=5)
+
+
+def told(test: Callable[..., None], *arguments: Any) -> Judge:
+    """A test of the suite as a judge, with the random state that a test starts from."""
+    return Judge(test.__name__.removeprefix("test_"), partial(_told, test, arguments))
+
+
+def _told(test: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.manual_seed(0)
+    test(*arguments)
 
 
 # Mutants -----------------------------------------------------------------------------------------------------------
@@ -546,6 +560,143 @@ MUTANTS = [
         "+= innovation * (",
         "+= 0.0 * innovation * (",
     ),
+    # Diffusion
+    Mutant(
+        "steps counted from zero",
+        told(of_diffusion.test_every_step_of_a_chain_adds_up_to_the_estimate_from_some),
+        levels,
+        "draw",
+        "clamp(max=steps - 1) + 1.0",
+        "clamp(min=1.0, max=steps - 1)",
+    ),
+    Mutant(
+        "slope of the schedule left out",
+        told(of_diffusion.test_every_schedule_has_the_bound_of_the_closed_form, "cosine", None),
+        levels,
+        "draw",
+        "(ends.high - ends.low) / levels.density(v).detach()",
+        "(ends.high - ends.low) * torch.ones_like(v)",
+    ),
+    Mutant(
+        "one level for the whole batch",
+        told(of_diffusion.test_levels_within_an_example_are_a_grid_of_its_own),
+        levels,
+        "spread_within",
+        "noise.uniform((n, 1))",
+        "noise.uniform((n, 1))[:1].expand(n, 1)",
+    ),
+    Mutant(
+        "levels told in units of the present range",
+        told(of_diffusion.test_a_network_is_told_levels_in_units_of_the_first_range),
+        levels.Ends,
+        "level",
+        "low, high = self.first.to(gamma).unbind()",
+        "low, high = self.low, self.high",
+    ),
+    Mutant(
+        "reconstruction from the clean example",
+        told(of_diffusion.test_exponentials_of_the_bound_sum_to_at_most_one_whatever_the_ends, -1.0, 8.0),
+        VDM,
+        "_reconstruction",
+        "noise.normal(seen.f.shape)",
+        "0.0 * noise.normal(seen.f.shape)",
+    ),
+    Mutant(
+        "prior of the chain left out",
+        told(of_diffusion.test_exponentials_of_the_bound_sum_to_at_most_one_whatever_the_ends, -5.0, 0.5),
+        VDM,
+        "_prior",
+        "nats = prior_nats(seen.f, self.ends.high)",
+        "nats = 0.0 * prior_nats(seen.f, self.ends.high)",
+    ),
+    Mutant(
+        "variance without its term in the prior",
+        told(of_diffusion.test_prior_is_a_divergence_of_normals, 0.0),
+        bound,
+        "prior_nats",
+        "(f.square() - 1.0)",
+        "f.square()",
+    ),
+    Mutant(
+        "weighted sum shown as the bound of a diffusion",
+        told(of_diffusion.test_with_the_best_denoiser_the_bound_is_the_log_probability),
+        bound,
+        "diffusion_nats",
+        "-0.5 * (_over(drawn, errors) * errors)",
+        "-0.5 * (_over(drawn, errors) * errors / torch.cosh(0.5 * drawn.gamma).reshape(*drawn.gamma.shape, 1))",
+    ),
+    Mutant(
+        "half of one half",
+        told(of_diffusion.test_with_the_best_denoiser_the_bound_is_the_log_probability),
+        bound,
+        "diffusion_nats",
+        "-0.5 * (",
+        "-0.25 * (",
+    ),
+    Mutant(
+        "noise clipped in the bound",
+        told(of_diffusion.test_with_the_best_denoiser_the_bound_is_the_log_probability),
+        bound,
+        "squared_errors",
+        "return (noisy - denoise(z, flat_gamma, context).eps)",
+        "return (noisy - denoise(z, flat_gamma, context).eps.clamp(-1.0, 1.0))",
+    ),
+    Mutant(
+        "missing cells count as errors",
+        told(of_diffusion.test_a_missing_cell_is_no_part_of_the_error_and_not_seen),
+        bound,
+        "squared_errors",
+        "errors = there * (noisy",
+        "errors = (noisy",
+    ),
+    Mutant(
+        "mean over cells in the loss",
+        told(of_diffusion.test_the_loss_is_the_bound_in_expectation),
+        bound,
+        "weighted_error",
+        ".sum(2)",
+        ".mean(2)",
+    ),
+    Mutant(
+        "log SNR taken for its half",
+        told(of_diffusion.test_order_of_a_sampler_of_the_flow, "dpm", 2),
+        samplers,
+        "_multistep",
+        "(0.5 * (gamma_t - gamma_s))",
+        "(gamma_t - gamma_s)",
+    ),
+    Mutant(
+        "variance of the forward step in sampling",
+        told(of_diffusion.test_the_ancestral_step_is_the_posterior_of_the_chain),
+        samplers,
+        "ancestral",
+        "sigma_s ** (1.0 - large) * sigma_t**large",
+        "sigma_t",
+    ),
+    Mutant(
+        "sign of the divergence",
+        told(of_diffusion.test_density_of_the_flow_on_gaussian_data_and_its_order),
+        likelihood,
+        "log_density",
+        "return base + gained",
+        "return base - gained",
+    ),
+    Mutant(
+        "velocity with the signs of the score",
+        told(of_diffusion.test_a_pair_agrees_with_z_and_with_the_definition, "v"),
+        parameterisation.V,
+        "to_pair",
+        "alpha * z - sigma * out, sigma * z + alpha * out",
+        "alpha * z + sigma * out, sigma * z - alpha * out",
+    ),
+    Mutant(
+        "map of a column without its slope",
+        told(of_diffusion.test_density_of_a_column_is_that_of_its_map),
+        TableData,
+        "log_likelihood",
+        "- 0.5 * torch.log1p(standard.square())",
+        "",
+    ),
 ]
 
 
@@ -566,11 +717,23 @@ def injected(mutant: Mutant) -> Iterator[None]:
     made: dict[str, Any] = {}
     namespace = inspect.getmodule(mutant.owner).__dict__ if isinstance(mutant.owner, type) else mutant.owner.__dict__
     exec(compile(code, f"<mutant: {mutant.name}>", "exec"), namespace, made)
-    setattr(mutant.owner, mutant.function, made["make"](mutant.owner))
+    places = [mutant.owner, *_importers(mutant)]
+    for place in places:
+        setattr(place, mutant.function, made["make"](mutant.owner))
     try:
         yield
     finally:
-        setattr(mutant.owner, mutant.function, original)
+        for place in places:
+            setattr(place, mutant.function, original)
+
+
+def _importers(mutant: Mutant) -> list[Any]:
+    """Modules that hold a module's function under its own name, because they imported it."""
+    if isinstance(mutant.owner, type):
+        return []
+    original = getattr(mutant.owner, mutant.function)
+    modules = [module for module in list(sys.modules.values()) if module is not mutant.owner]
+    return [module for module in modules if getattr(module, "__dict__", {}).get(mutant.function) is original]
 
 
 @cache
