@@ -448,8 +448,8 @@ class VAE(Model):
     def _check_weights(self) -> None:
         if self.prior is not None and self._prior_kind != "exact":
             raise Unsupported(
-                f"samples: prior {self.prior.name()!r} is known only as a {self._prior_kind}; its values are no importance "
-                "weights, and with k > 1 samples the result would not be a bound; use samples=1"
+                f"samples: prior {self.prior.name()!r} is known only as a {self._prior_kind}; its values are no "
+                "importance weights, and with k > 1 samples the result would not be a bound; use samples=1"
             )
 
     def _context(self, condition: Tensor | None) -> Tensor | None:
