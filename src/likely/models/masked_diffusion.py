@@ -44,8 +44,10 @@ from likely.contract import (
     Integers,
     Model,
     NoCodec,
+    Reals,
     Space,
     Tokens,
+    Unsupported,
     noise_or_global,
 )
 from likely.distributions import Distribution
@@ -298,8 +300,17 @@ class MaskedDiffusion(Model):
 
     @classmethod
     def tiny(cls, space: Space, condition: Space | None = None) -> MaskedDiffusion:
-        """One layer of eight features, with weights large enough that every cell depends on the others."""
-        model = cls(space, condition, width=8, layers=1, heads=2, hidden=8)
+        """One layer of eight features, with weights large enough that every cell depends on the others.
+
+        Raises:
+            Unsupported: for real conditions of binary cells and of tokens, and tokens with holes, which would tell the
+                checks nothing that the others do not.
+        """
+        if isinstance(condition, Reals) and not isinstance(space, Integers):
+            raise Unsupported("tiny: the checks look at real conditions with integers")
+        if isinstance(space, Tokens) and space.missing:
+            raise Unsupported("tiny: the checks look at holes in binary and integer cells")
+        model = cls(space, condition, width=8, layers=1, heads=2, hidden=8, masks=2)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             for name, parameter in model.named_parameters():
@@ -320,4 +331,4 @@ class MaskedDiffusion(Model):
 def _orders(n: int, dims: int) -> NDArray[np.int64]:
     """An order of the cells for each example of a batch, int64, shape ``(n, dims)``; part of the format."""
     words = KeyedNoise(0, torch.arange(n)).uniform((n, dims))
-    return words.argsort(1, stable=True).numpy()
+    return words.argsort(dim=1, stable=True).numpy()

@@ -32,6 +32,7 @@ from likely.contract import (
     Bound,
     Integers,
     Model,
+    Reals,
     Space,
     Table,
     Tokens,
@@ -240,7 +241,7 @@ class Transformer(Model):
         noise, n = noise_or_global(noise, x), len(x)
         flat = x.flatten(1)
         holes = torch.isnan(flat)
-        only_end = bool((holes.diff(dim=1) >= 0).all()) if n else True  # a hole is followed by holes only
+        only_end = not bool((holes[:, :-1] & ~holes[:, 1:]).any())  # a hole is followed by holes only
         m = draws if draws and only_end else max(draws, samples)
         with torch.no_grad():
             context = self._context(condition)
@@ -313,7 +314,14 @@ class Transformer(Model):
 
     @classmethod
     def tiny(cls, space: Space, condition: Space | None = None) -> Transformer:
-        """One layer of eight features, with weights large enough that every cell depends on all before it."""
+        """One layer of eight features, with weights large enough that every cell depends on all before it.
+
+        Raises:
+            Unsupported: for real conditions of binary and integer cells, which would tell the checks nothing that those
+                of tokens do not.
+        """
+        if isinstance(condition, Reals) and not isinstance(space, Tokens):
+            raise Unsupported("tiny: the checks look at real conditions with tokens")
         options = {"components": 2} if isinstance(space, Table) else {}
         model = cls(space, condition, width=8, layers=1, heads=2, hidden=8, likelihood_options=options)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
