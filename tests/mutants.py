@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 import likely.evaluation.heldout as heldout
+import test_denoisers as of_denoisers
 import test_diffusion as of_diffusion
+import test_distillation as of_distillation
 from likely import units
 from likely.checks import check_model
 from likely.coding import staircase
@@ -32,7 +34,7 @@ from likely.coding.normals import FactorInnovations
 from likely.contract import Binary, Column, Counts, Integers, Model, Reals, Space, Table
 from likely.data.dataset import Dataset
 from likely.data.preprocessing import Dequantise, Logit, Preprocessed, Standardise
-from likely.diffusion import bound, levels, likelihood, parameterisation, samplers
+from likely.diffusion import bound, distillation, levels, likelihood, parameterisation, samplers
 from likely.diffusion.data import TableData
 from likely.distributions import logistic
 from likely.distributions.counts import NegativeBinomial
@@ -43,7 +45,9 @@ from likely.models.independent import Independent
 from likely.models.mixture import Mixture
 from likely.models.vae import VAE
 from likely.models.vdm import VDM
+from likely.networks import normconv, winograd
 from likely.networks.features import Features
+from likely.networks.unet import Double, ResidualBlock
 from toy_models import Autoregressive, Diffusion, Flow
 
 BITS, IMAGE, PLANE = Binary((2, 3)), Integers((2,), 3), Reals((2,))
@@ -696,6 +700,70 @@ MUTANTS = [
         "log_likelihood",
         "- 0.5 * torch.log1p(standard.square())",
         "",
+    ),
+    Mutant(
+        "one step of the teacher for two",
+        told(of_distillation.test_a_students_step_ends_where_two_of_its_teacher_do),
+        distillation,
+        "target",
+        "step(teacher, step(teacher, z, gamma_t, gamma_m, context), gamma_m, gamma_s, context)",
+        "step(teacher, z, gamma_t, gamma_s, context)",
+    ),
+    Mutant(
+        "student told the level between its own",
+        told(of_distillation.test_the_exact_student_of_a_gaussian_has_no_error),
+        distillation,
+        "distillation_error",
+        "student(z, gamma_t, context).x",
+        "student(z, levels.to(f)[(first // 4) * 2], context).x",
+    ),
+    Mutant(
+        "missing cells in the teacher's steps",
+        told(of_distillation.test_missing_cells_take_no_part),
+        distillation,
+        "distillation_error",
+        "z, teacher, student = z * observed, _only(teacher, observed), _only(student, observed)",
+        "student = _only(student, observed)",
+    ),
+    Mutant(
+        "latent diffusion whose prior trains the encoder",
+        told(of_distillation.test_two_stages_have_the_value_of_one_and_separate_gradients),
+        VAE,
+        "_two_stage_loss",
+        "self.log_prior(z.detach(), noise)",
+        "self.log_prior(z, noise)",
+    ),
+    Mutant(
+        "norm forgets the shift",
+        told(of_denoisers.test_unet_against_a_slow_one, (1, 8, 8)),
+        ResidualBlock,
+        "forward",
+        "self.second(h, shift=shift, residual",
+        "self.second(h, shift=None, residual",
+    ),
+    Mutant(
+        "convolution of the padding's neighbours",
+        told(of_denoisers.test_convolution_with_fewer_multiplications),
+        winograd,
+        "combine_adjoint",
+        "rows[:, :-1, 3].add_(v[0][:, 1:], alpha=4)",
+        "rows[:, :, 3].add_(v[0], alpha=4)",
+    ),
+    Mutant(
+        "phases of the doubled map exchanged",
+        told(of_denoisers.test_doubling_is_repetition_and_convolution),
+        Double,
+        "forward",
+        "pak,qbl,oikl->pqoiab",
+        "pak,qbl,oikl->qpoiab",
+    ),
+    Mutant(
+        "variance with the sample's correction",
+        told(of_denoisers.test_unet_against_a_slow_one, (1, 8, 8)),
+        normconv,
+        "group_norm",
+        "correction=0",
+        "correction=1",
     ),
 ]
 
