@@ -42,10 +42,10 @@ from likely.training import load_weights, train
 from likely.units import bits
 
 LENGTH, STRIDE = 256, 64
-MODEL: dict[str, Any] = {"width": 192, "layers": 4, "dropout": 0.1, "ngrams": (2, 3, 4), "ngram_bits": 15}
+MODEL: dict[str, Any] = {"width": 128, "layers": 4, "dropout": 0.05, "ngrams": (2, 3, 4), "ngram_bits": 15}
 TRAINING: dict[str, Any] = {
     "batch_size": 16,
-    "learning_rate": 2e-3,
+    "learning_rate": 3e-3,
     "warmup": 50,
     "decay": "cosine",
     "clip_norm": 1.0,
@@ -123,7 +123,7 @@ def transformer(train_text: bytes, test: bytes, seconds: float, run: Path | None
                 plan.write_text(str(steps))
         started = time.process_time()
         result = train(
-            model, train_set, valid_set, steps=steps, evaluate_every=max(1, steps // 20), run=run,
+            model, train_set, valid_set, steps=steps, evaluate_every=max(1, steps // 8), run=run,
             resume=run is not None and run.exists(), log_every=50, **TRAINING,
         )  # fmt: skip
         found = {

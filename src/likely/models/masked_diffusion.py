@@ -280,12 +280,13 @@ class MaskedDiffusion(Model):
             x = torch.zeros(order.shape, dtype=torch.int64, device=order.device)
             for i in range(x.shape[1]):
                 cells = yield exact.run(law, x, order, i, context)
-                x.scatter_(1, order[:, i : i + 1], cells.unsqueeze(1))
+                x.scatter_(1, order[:, i : i + 1], cells.long().unsqueeze(1))
 
         def backwards(x: Tensor, condition: Tensor | None) -> Iterator[Distribution]:
             order, context = torch.from_numpy(orders(len(x))).to(x.device), context_of(condition)
+            x = x.flatten(1).long()
             for i in reversed(range(order.shape[1])):
-                yield exact.run(law, x.flatten(1), order, i, context)
+                yield exact.run(law, x, order, i, context)
 
         def orders(n: int) -> NDArray[np.int64]:
             return _orders(n, self.space.dims)
