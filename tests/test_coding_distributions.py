@@ -12,7 +12,7 @@ import torch
 
 from likely.coding import Damaged, Stack
 from likely.coding.categories import BernoulliCells, CategoricalCells, TabulatedCells, edges_of
-from likely.coding.cells import Placed, Cells, elias_pop, elias_steps, floor_log2, share_pop, share_steps
+from likely.coding.cells import Cells, Placed, elias_pop, elias_steps, floor_log2, share_pop, share_steps
 from likely.coding.continuum import DoubleCells, from_ordered, ordered
 from likely.coding.counts import BinomialCells, MultinomialRows, NegativeBinomialCells
 from likely.coding.described import DescribedCells, PatternCells

@@ -43,6 +43,8 @@ from likely.exact.functions import exp
 
 #: Largest digit of a number in bits.
 _DIGIT = 16
+#: Starts that are computed at once for a few cells rather than searched for.
+_AT_ONCE = 1 << 12
 #: Positions of the outer edges, and the farthest that the centre of a law may be.
 _ENDS, _FAR = 1e200, 1e150
 
@@ -59,8 +61,9 @@ class Cumulative(Protocol):
         """The distributions of some of the cells."""
         ...
 
-    def guess(self, probability: Floats, beyond: Floats) -> Floats:
-        """Position where F is about so large, given that no atom lies between it and ``beyond``.
+    def guess(self, probability: Floats, beyond: Floats, origin: Floats | float, floor: Floats | float) -> Floats:
+        """Distance x from ``origin`` where F + ``floor`` · x is about so large, given that no atom lies between it and
+        ``beyond``.
 
         A hint, which may differ from machine to machine.
         """
@@ -297,6 +300,9 @@ class _Frame:
         offset = r - start
         missed = (offset.view(np.uint64) >= freq.view(np.uint64)).nonzero()[0]
         if len(missed):
+            if self.first is None and len(missed) * self.digit.size <= _AT_ONCE:
+                digit[missed], start[missed], freq[missed] = self[missed]._find_among_all(r[missed])
+                return digit, start, freq
             offset, size = offset[missed], freq[missed]
             under, g, s = offset < 0, digit[missed], start[missed]
             bracket = [a if isinstance(a, int) else a[missed] for a in (low, below, high, above)]
@@ -306,6 +312,15 @@ class _Frame:
             found = self[missed]._search(r[missed], g, lows, highs, belows, aboves)
             digit[missed], start[missed], freq[missed] = found
         return digit, start, freq
+
+    def _find_among_all(self, r: Integers) -> tuple[Integers, Integers, Integers]:
+        """As :meth:`find`, by the starts of all digits."""
+        starts = self.start(np.broadcast_to(np.arange(self.digit.size + 1)[:, None], (self.digit.size + 1, len(r))))
+        starts = starts.view(np.int64)
+        digit = (starts[1:] <= r).sum(0)
+        cell = np.arange(len(r))
+        start = starts[digit, cell]
+        return digit, start, starts[digit + 1, cell] - start
 
     def _search(
         self, r: Integers, g: Integers, low: Integers, high: Integers, below: Integers, above: Integers
@@ -341,23 +356,25 @@ class _Frame:
         return low, below, above - below
 
     def _guess(self, r: Integers, low: Integers | int, high: Integers | int) -> Integers:
-        probability: Floats = np.multiply(r, 2.0**-self.digit.precision)
-        if self.below is not None and self.mass is not None:
-            probability *= self.mass
+        share = (1.0 if self.mass is None else self.mass) / self.room
+        probability: Floats = r * share
+        if self.below is not None:
             probability += self.below
         first = self.owner.low - 0.5
         position = low << self.digit.shift if self.digit.shift else low
         offset: Any = first if self.first is None else self.first + first
-        guess = self.law.guess(probability, position + offset)
-        guess -= offset
-        guess *= 2.0**-self.digit.shift
+        unit = 2.0**-self.digit.shift
+        guess = self.law.guess(probability, position + offset, offset, share * unit)
+        guess *= unit
         atoms = self.owner.steps_at
         if self.first is not None and len(atoms):  # the first atom of the block is the best guess
             within = atoms.take(np.searchsorted(atoms, self.first), mode="clip") - self.first >> self.digit.shift
             guess = np.where((within >= low) & (within < high), within, guess)
-        np.maximum(guess, low, out=guess)
-        np.minimum(guess, high - 1, out=guess)
-        return guess.astype(np.int64)
+        with np.errstate(invalid="ignore"):
+            digit = guess.astype(np.int64)  # of NaN, some number
+        np.maximum(digit, low, out=digit)
+        np.minimum(digit, high - 1, out=digit)
+        return digit
 
 
 # --------------------------------------------------------------------------------------------------------------- laws
@@ -426,48 +443,60 @@ class Mixture:
         column = None if self.column is None else self.column[some]
         return Mixture([family[some] for family in self.families], self.atoms, self.spikes, column)
 
-    def guess(self, probability: Floats, beyond: Floats) -> Floats:
+    def guess(self, probability: Floats, beyond: Floats, origin: Floats | float, floor: Floats | float) -> Floats:
         first = self.families[0]
-        if first.portion is None:
-            return first.law.guess(probability) * first.law.steps / first.rate[0] + first.centre[0]
-        return self._quantile(probability, beyond)
+        if first.portion is None and first.law is not logistic():
+            return first.law.guess(probability) * first.law.steps / first.rate[0] + (first.centre[0] - origin)
+        if self.atoms is not None and self.spikes is not None:
+            probability = probability - self.spikes[np.searchsorted(self.atoms, beyond), self.column]
+        return self._quantile(probability, origin, floor)
 
-    def _quantile(self, probability: Floats, beyond: Floats) -> Floats:
-        """A root of logit F(x) = logit p by Newton's method in float32, kept between the quantiles of the parts.
+    def _quantile(self, probability: Floats, origin: Floats | float, floor: Floats | float) -> Floats:
+        """A root of logit (F(x) + floor · x) = logit p by Newton's method in float32, from the mean of the parts' quantiles.
 
         Normals are taken for logistics of the same deviation.
         """
         with np.errstate(all="ignore"):
-            centre = np.concatenate([family.centre for family in self.families]).astype(np.float32)
-            narrow = [family.rate / family.law.steps * family.law.narrowness for family in self.families]
+            centre = np.concatenate([family.centre - origin for family in self.families]).astype(np.float32)
+            narrow = [family.rate * (family.law.narrowness / family.law.steps) for family in self.families]
             slope = np.concatenate(narrow).astype(np.float32)
-            portion = np.concatenate([family.portion for family in self.families]).astype(np.float32)  # type: ignore[misc]
-            all_portions = np.maximum(portion.sum(0), np.float32(1e-9))
-            portion /= all_portions
-            p = probability
-            if self.atoms is not None and self.spikes is not None:
-                p = (p - self.spikes[np.searchsorted(self.atoms, beyond), self.column]) / all_portions
-            p = np.clip(p, 1e-12, 1.0 - 1e-12)
-            target = np.log(p / (1.0 - p)).astype(np.float32)
-            quantiles = centre + target / slope
-            low, high = quantiles.min(0), quantiles.max(0)
-            x = (portion * quantiles).sum(0)
-            tiny, one = np.float32(1e-30), np.float32(1.0)
-            for _ in range(5):
-                below = one / (one + np.exp((centre - x) * slope))
-                mass = portion * below
-                below -= one
-                density = -(mass * below * slope).sum(0)
-                total = mass.sum(0)
+            portions = [np.ones_like(f.rate) if f.portion is None else f.portion for f in self.families]
+            portion = np.concatenate(portions).astype(np.float32)
+            every = np.maximum(portion.sum(0), np.float32(1e-9))
+            portion /= every
+            floor = np.asarray(floor / every, np.float32)
+            p = (probability / every).astype(np.float32)
+            np.maximum(p, np.float32(1e-12), out=p)
+            np.minimum(p, np.float32(1.0 - 2.0**-23), out=p)
+            one = np.float32(1.0)
+            target = np.log(p / (one - p))
+            x = (portion * (centre + target / slope)).sum(0)
+            centre *= slope
+            below, density = np.empty_like(centre), np.empty_like(centre)
+            for _ in range(_NEWTON):
+                np.multiply(x, slope, out=below)
+                np.subtract(centre, below, out=below)
+                np.exp(below, out=below)
+                below += one
+                np.divide(one, below, out=below)
+                np.subtract(one, below, out=density)
+                below *= portion
+                density *= below
+                density *= slope
+                total = below.sum(0)
+                total += np.maximum(x, 0) * floor
                 above = one - total
-                step = np.log((total + tiny) / (above + tiny))
+                step = np.log(total / above)
                 step -= target
-                over = step > 0
-                np.copyto(high, x, where=over)
-                np.copyto(low, x, where=~over)
-                x = x - step * total * above / density
-                x = np.where((x > low) & (x < high), x, (low + high) * np.float32(0.5))
-            return np.nan_to_num(x.astype(np.float64))
+                step *= total
+                step *= above
+                step /= density.sum(0) + floor
+                x -= step
+            return x.astype(np.float64)
+
+
+#: Steps of Newton's method for a guess: after three of them one in a thousand pixels is wrong.
+_NEWTON = 3
 
 
 class LogisticCells(IntervalCells):
