@@ -50,9 +50,12 @@ from likely.contract import (
 )
 from likely.data import Dataset, Dequantise, Passes, Preprocessed, Schema, Split, infer_schema, split
 from likely.data.columns import Encoder, TextCells, Where, spell
+from likely.data.constraints import ROWS as CONSTRAINT_ROWS
+from likely.data.constraints import Constraint, find_constraints
 from likely.data.sequences import SequenceForm
 from likely.data.sources import EMBEDDED, Source, recognise
 from likely.data.tables import TableForm
+from likely.data.weights import read_weights, weighted_rows
 from likely.evaluation import Evaluation, column_nats, evaluate, held_out, tail_probability
 from likely.evaluation.anomaly import AnomalyScale
 from likely.evaluation.heldout import ExampleNoise, default_batch_size, device_batches, evaluating
@@ -97,6 +100,7 @@ def fit(
     progress: bool = True,
     callbacks: Sequence[Any] = (),
     search: Literal["all", "closed form"] = "all",
+    weights: str | None = None,
     **options: Any,
 ) -> Fitted:
     """Fit a model to data: infer the schema, split, train, keep the best held-out weights.
@@ -118,6 +122,7 @@ def fit(
         callbacks: see :func:`likely.training.train`.
         search: which models take part where ``model`` is ``auto``; ``closed form`` searches matrices of reals as well,
             and makes the same choice on any machine.
+        weights: column of a table with the weights of its rows; it is not modelled.
         **options: the model's options and those of :class:`~likely.training.TrainOptions`, by name.
 
     Returns:
@@ -137,12 +142,13 @@ def fit(
     model_options, train_options = _split_options("vae" if model == "auto" else model, options, seed)
     names = [given] if isinstance(given, str) else list(given or ())
     data = _kept(data, read)
-    found = schema if isinstance(schema, Schema) else _infer(data, schema, names, read)
+    found = schema if isinstance(schema, Schema) else _infer(data, schema, names, read, weights)
     dataset = found.read(data, cache=None if folder is None else folder / "cache", **_file_options(read))
     parts = split(len(dataset), {"valid": valid_fraction, "test": test_fraction}, seed=seed)
+    indices = _weighted(parts.indices, found, data, weights, read)
     trials: list[Trial] = []
     if model == "auto":
-        model, options, trials = _choose(dataset, parts.indices, options, seed, search, progress)
+        model, options, trials = _choose(dataset, indices, options, seed, search, progress)
         model_options, train_options = _split_options(model, options, seed)
     built = (
         model
@@ -162,6 +168,7 @@ def fit(
         "examples": {"all": len(dataset), **{name: len(index) for name, index in parts.indices.items()}},
         "read": dict(read or {}),
         "split": parts.to_json(),
+        "weights": weights,
         "seed": seed,
         "training": train_options.to_json(),
         **({"search": [trial.to_json() for trial in trials]} if trials else {}),
@@ -170,7 +177,7 @@ def fit(
     fitted = Fitted(found, built, record, folder)
     if folder is not None and _is_first_process():
         fitted._write_record()
-    return _train(fitted, dataset, parts.indices, train_options, progress, callbacks, resume=False)
+    return _train(fitted, dataset, indices, train_options, progress, callbacks, resume=False)
 
 
 def resume(run: str | Path, data: Any = None, *, progress: bool = True, callbacks: Sequence[Any] = ()) -> Fitted:
@@ -193,7 +200,7 @@ def resume(run: str | Path, data: Any = None, *, progress: bool = True, callback
     if source is None:
         raise ValueError(f"{run}: the run was fitted to data in memory; pass them as data=")
     dataset = fitted.schema.read(source, cache=Path(run) / "cache", **_file_options(record["read"]))
-    parts = _split_as_recorded(dataset, record, str(source))
+    parts = _split_as_recorded(dataset, fitted, source)
     options = TrainOptions(**record["training"])
     return _train(fitted, dataset, parts, options, progress, callbacks, resume=True)
 
@@ -458,6 +465,7 @@ class Fitted:
         seed: int = 0,
         baselines: bool = True,
         classic: bool = True,
+        weights: str | None = None,
         batch_size: int | None = None,
         read: Mapping[str, Any] | None = None,
         progress: Any = None,
@@ -471,10 +479,16 @@ class Fitted:
             seed: of the noise of the evaluation.
             baselines: whether to fit ``independent`` and ``gaussian`` to the training data.
             classic: whether to measure zlib, xz, … on the same examples.
+            weights: column of ``data`` with the weights of its rows; without ``data`` the weights are those of the fit.
             batch_size: examples at a time; it changes speed and memory, not the value.
             progress: called with stage, done and all.
         """
+        data = _kept(data, read)
         dataset = self.schema.read(data, **dict(read or {})) if data is not None else self._part("test", "valid")
+        if weights is not None:
+            if data is None:
+                raise ValueError("weights: expected data beside it; what the fit kept aside is weighted as the fit was")
+            dataset = dataset.subset(weighted_rows(read_weights(self.schema, data, weights, **_file_options(read))))
         return self._evaluate(dataset, samples, seed, baselines, classic, batch_size, progress)
 
     def _evaluate(
@@ -644,10 +658,30 @@ class Fitted:
         where: Mapping[str, Any] | None = None,
         temperature: float = 1.0,
         prefix: str | None = None,
-    ) -> None:
-        """Write :meth:`sample` as a file of the fitted data's own kind (``"-"`` is standard output)."""
+    ) -> dict[str, list[int]]:
+        """Write :meth:`sample` as a file of the fitted data's own kind (``"-"`` is standard output).
+
+        Returns:
+            The rows that break a rule of the fitted table, as :meth:`broken_constraints`.
+        """
         x, condition = self._sample(n, seed, dict(where or {}), temperature, prefix)
         self.schema.write(x, path, condition)
+        return self._broken(x)
+
+    def constraints(self) -> list[Constraint]:
+        """The rules between columns that all rows of the fitted table keep: ``a <= b``, ``a = b + c``, ``a -> b``."""
+        return [Constraint.from_json(rule) for rule in self.record.get("constraints", ())]
+
+    def broken_constraints(self, data: Any, *, read: Mapping[str, Any] | None = None) -> dict[str, list[int]]:
+        """Rows that break a rule of the fitted table, by rule: positions from 0; rules that all keep are left out."""
+        return self._broken(self.schema.read(data, **dict(read or {})).x)
+
+    def _broken(self, x: Tensor) -> dict[str, list[int]]:
+        space = self.schema.space
+        if not isinstance(space, Table):
+            return {}
+        found = {str(rule): rule.broken(x, space).tolist() for rule in self.constraints()}
+        return {rule: rows for rule, rows in found.items() if rows}
 
     def write_imputed(
         self, data: Any, path: str | Path, *, draws: int = 0, seed: int = 0, read: Mapping[str, Any] | None = None
@@ -887,7 +921,7 @@ class Fitted:
                 raise ValueError(f"data: pass the data to evaluate; {gone}")
             cache = None if self.folder is None else self.folder / "cache"
             dataset = self.schema.read(source, cache=cache, **_file_options(self.record["read"]))
-            self._data = dataset, _split_as_recorded(dataset, self.record, source)
+            self._data = dataset, _split_as_recorded(dataset, self, source)
         dataset, parts = self._data
         for name in names:
             if len(parts[name]):
@@ -971,6 +1005,9 @@ def _train(
     fitted.model.eval()
     fitted._data = dataset, parts
     fitted._keep_reference(dataset, parts)
+    if isinstance(dataset.space, Table):
+        rules = find_constraints(dataset.subset(parts["train"][:CONSTRAINT_ROWS]).x, dataset.space)
+        fitted.record["constraints"] = [rule.to_json() for rule in rules]
     fitted.record["results"] = result.to_json()
     fitted.record["state"] = "finished"
     if folder is not None and _is_first_process():
@@ -986,10 +1023,13 @@ def _unconditional(dataset: Dataset) -> Dataset:
     return Dataset(dataset.space, dataset.x)
 
 
-def _infer(data: Any, override: Any, given: list[str], read: Mapping[str, Any] | None) -> Schema:
+def _infer(data: Any, override: Any, given: list[str], read: Mapping[str, Any] | None, weights: str | None) -> Schema:
     options = dict(read or {})
     if given:
         options["given"] = given
+    if weights is not None:
+        aside = options.get("ignore") or []
+        options["ignore"] = [*([aside] if isinstance(aside, str) else aside), weights]
     return infer_schema(data, schema=override, **options)
 
 
@@ -1005,12 +1045,24 @@ def _file_options(read: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in dict(read or {}).items() if key in ("format", "memory_limit")}
 
 
-def _split_as_recorded(dataset: Dataset, record: Mapping[str, Any], source: str) -> Mapping[str, Tensor]:
+def _split_as_recorded(dataset: Dataset, fitted: Fitted, source: Any) -> Mapping[str, Tensor]:
     """The split of the run; refuses data that are not those the run began with."""
+    record = fitted.record
     expected = record["examples"]["all"]
     if len(dataset) != expected:
         raise ValueError(f"{source}: the run was fitted to {expected} examples, and this has {len(dataset)}")
-    return Split.from_json(record["split"]).indices
+    indices = Split.from_json(record["split"]).indices
+    return _weighted(indices, fitted.schema, source, record.get("weights"), record["read"])
+
+
+def _weighted(
+    parts: Mapping[str, Tensor], schema: Schema, data: Any, weights: str | None, read: Mapping[str, Any] | None
+) -> Mapping[str, Tensor]:
+    """The rows of every part, each as often as its weight says."""
+    if weights is None:
+        return parts
+    values = read_weights(schema, data, weights, **_file_options(read))
+    return {name: index[weighted_rows(values[index])] if len(index) else index for name, index in parts.items()}
 
 
 def _is_first_process() -> bool:

@@ -746,7 +746,8 @@ def cli() -> None:
 @_verb(
     "Fit a model to data.",
     """
-    likely fit adult.csv --out runs/adult
+    likely fit adult.csv --out runs/adult                           # the best model of a short list, in a minute
+    likely fit adult.csv --out runs/better --budget 10m             # the same with more time
     likely fit adult.csv --show adult.toml                          # only look at the schema; edit it, then:
     likely fit adult.csv --schema adult.toml --out runs/adult
     likely fit adult.csv --out runs/cond --given age,sex            # p(other columns | age, sex)
@@ -757,10 +758,11 @@ def cli() -> None:
     """,
     DATA,
     click.argument("options", metavar="[KEY=VALUE]...", nargs=-1),
-    click.option("--model", default="vae", show_default=True, metavar="NAME", shell_complete=_model_names,
-                 help="The model; `likely models` lists them and their options."),
+    click.option("--model", default="auto", show_default=True, metavar="NAME", shell_complete=_model_names,
+                 help="The model; `likely models` lists them.  auto: the best of a short list for tables, else vae."),
     click.option("-o", "--out", metavar="RUN", help="Folder of the run (required, unless --show)."),
     click.option("--given", multiple=True, metavar="COLUMN", help="Column to condition on; repeatable, or a,b,c."),
+    click.option("--weights", metavar="COLUMN", help="Column with the weights of the rows; it is not modelled."),
     click.option("--schema", type=click.Path(), metavar="FILE", help="TOML file whose entries override the inferred."),
     click.option("--show", metavar="FILE", help="Show the inferred schema, write it to FILE (TOML), and do no more."),
     click.option("--valid-fraction", type=float, default=0.1, show_default=True,
@@ -781,6 +783,7 @@ def fit(
     model: str,
     out: str | None,
     given: tuple[str, ...],
+    weights: str | None,
     schema: str | None,
     show: str | None,
     valid_fraction: float,
@@ -795,6 +798,9 @@ def fit(
     The schema (what each column is, which spellings mean missing, how the file is written) is inferred; --show shows
     it, --schema overrides it.  Options of the model and of the training follow as KEY=VALUE: values are JSON or text,
     lists may be written 256,256, and a dot reaches into an option (prior_options.components=50).
+
+    Without --model, and without options of one, a table gets the model that is best on held-out rows: half of --budget
+    (60s where nothing is said) goes into a search over a short list, the other half into the winner.
 
     Training stops when the held-out bound stops improving, or at --steps, --epochs or --budget.  Ctrl-C keeps what was
     done: `likely resume RUN` goes on to the same bits as a run that was never stopped.
@@ -813,13 +819,14 @@ def fit(
     from likely.models import find
     from likely.training import TrainOptions
 
-    chosen = suit_options(chosen, [TrainOptions, find(model)])
+    chosen = suit_options(chosen, [TrainOptions, find("vae" if model == "auto" else model)])
     with _resumable(out):
         fitted = api.fit(
             data,
             model,
             out=out,
             given=_listed(given),
+            weights=weights,
             schema=schema,
             read=_reading(),
             seed=seed,
@@ -870,6 +877,7 @@ def resume(run: str, data: str | None, quiet: bool, as_json: bool) -> None:
     click.option("--samples", type=click.IntRange(min=1), metavar="K",
                  help="Add the importance-weighted bound of K samples (for models with latent variables)."),
     click.option("--baselines/--no-baselines", default=True, help="Compare with independent columns and a Gaussian."),
+    click.option("--weights", metavar="COLUMN", help="Column of DATA with the weights of its rows."),
     click.option("--codecs/--no-codecs", default=True, help="Compare with zlib, xz, zstd (and PNG, WebP for images)."),
     BATCH,
     SEED,
@@ -882,6 +890,7 @@ def evaluate(
     data: str | None,
     samples: int | None,
     baselines: bool,
+    weights: str | None,
     codecs: bool,
     batch_size: int | None,
     seed: int,
@@ -899,6 +908,7 @@ def evaluate(
         seed=seed,
         baselines=baselines,
         classic=codecs,
+        weights=weights,
         batch_size=batch_size,
         read=_reading(),
         progress=_Stages() if sys.stderr.isatty() else None,
@@ -973,7 +983,10 @@ def sample(
     fitted = _load(run)
     _check_terminal(fitted, out)
     pairs = _pairs(where, "--where")
-    fitted.write_samples(out, n, seed=seed, where=pairs, temperature=temperature, prefix=prefix)
+    broken = fitted.write_samples(out, n, seed=seed, where=pairs, temperature=temperature, prefix=prefix)
+    for rule, rows in broken.items():
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        _complain(f"note: {len(rows):,} of {n:,} rows break {rule}, which all fitted rows keep (rows {shown})")
 
 
 @_verb(

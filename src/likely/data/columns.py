@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from typing import Any, Literal, cast, get_args
 
@@ -27,8 +27,10 @@ MOST_STEPS = 1 << 24
 #: Distinct values up to which a column without a grid is ordinal if each comes often.
 _FEW = 64
 _EXACT = 2.0**53
+_NOTHING = "\0"  # a missing cell among texts
 _LEADING_ZERO = re.compile(r"[+-]?0\d")
 _KEY_NAME = re.compile(r"(.*[_ -])?(id|uuid|guid|key|index)|unnamed: 0|.*Id|.*ID|rowid|row", re.ASCII)
+_DRESSED = re.compile(r"([+-]?)([$€£¥] ?)?(\d[\d.,]*)( ?[%€$£¥])?", re.ASCII)
 _TRUTH = ({"False", "True"}, {"false", "true"}, {"FALSE", "TRUE"})
 
 
@@ -49,6 +51,8 @@ class TableColumn:
         missing_as: spelling of a missing cell when written; None takes the table's first.
         format: how a date is spelled, as in ``strftime``; the cell's value is microseconds since 1970.
         unit: unit of measurement, for people and reports.
+        prefix, suffix: what stands before and after every number, such as ``$`` or ``%``; the sign stands before both.
+        thousands: what stands between the thousands of a number with prefix or suffix.
         label: the user's own name where it is no text (pandas) or occurs twice.
         note: what inference has to say of it.
     """
@@ -65,6 +69,9 @@ class TableColumn:
     missing_as: str | None = None
     format: str | None = None
     unit: str | None = None
+    prefix: str = ""
+    suffix: str = ""
+    thousands: str = ""
     label: str | int | float | tuple[Any, ...] | None = None
     note: str | None = None
 
@@ -104,9 +111,16 @@ class TableColumn:
     @property
     def textual(self) -> bool:
         """Whether a cell is text in the user's file."""
-        return self.format is not None or (
-            self.coded and not _numeric_dtype(self.dtype) and self.dtype not in ("bool", "boolean")
+        return (
+            self.format is not None
+            or self.dressed
+            or (self.coded and not _numeric_dtype(self.dtype) and self.dtype not in ("bool", "boolean"))
         )
+
+    @property
+    def dressed(self) -> bool:
+        """Whether numbers are written with something before or after them, and are text in a DataFrame."""
+        return bool(self.prefix or self.suffix)
 
     @property
     def user_label(self) -> Any:
@@ -198,6 +212,64 @@ def spell(value: float) -> str:
     return str(int(value)) if value == int(value) and abs(value) < _EXACT else repr(float(value))
 
 
+@dataclass(frozen=True)
+class Dress:
+    """What numbers wear: ``$1,234.50`` and ``12 %``.
+
+    >>> dress, plain = Dress.of("-$1,234.50")
+    >>> plain, dress.put_on(plain), dress.put_on("7")
+    ('-1234.50', '-$1,234.50', '$7')
+
+    Args:
+        prefix, suffix: before and after the number.
+        thousands: between thousands; None where no number had as many digits.
+    """
+
+    prefix: str
+    suffix: str
+    thousands: str | None = None
+
+    @classmethod
+    def of(cls, cell: str, comma: bool = False) -> tuple[Dress, str] | None:
+        """The dress of a cell and the plain number in it, with a decimal point; None where it wears none.
+
+        Args:
+            comma: the file has decimal commas.
+        """
+        match = _DRESSED.fullmatch(cell)
+        if match is None or not (match[2] or match[4]):
+            return None
+        mark, point = (".", ",") if comma else (",", ".")
+        whole, _, fraction = match[3].partition(point)
+        groups = whole.split(mark)
+        grouped = len(groups) > 1 and len(groups[0]) <= 3 and all(len(group) == 3 for group in groups[1:])
+        if (len(groups) > 1 and not grouped) or mark in fraction or point in fraction:
+            return None
+        digits = "".join(groups)
+        if _LEADING_ZERO.match(digits):
+            return None
+        thousands = mark if len(groups) > 1 else "" if len(digits) > 3 else None
+        tail = f".{fraction}" if point in match[3] else ""
+        return cls(match[2] or "", match[4] or "", thousands), f"{match[1]}{digits}{tail}"
+
+    def joined(self, other: Dress) -> Dress | None:
+        """The dress of a column in which both occur; None where they do not go together."""
+        if (self.prefix, self.suffix) != (other.prefix, other.suffix):
+            return None
+        if self.thousands is not None and other.thousands is not None and self.thousands != other.thousands:
+            return None
+        return self if other.thousands is None else other
+
+    def put_on(self, number: str) -> str:
+        """The number, plain and with a decimal point, as the user writes it."""
+        sign = number[:1] if number[:1] in "+-" else ""
+        whole, point, fraction = number[len(sign) :].partition(".")
+        if self.thousands:
+            whole = f"{int(whole):,}".replace(",", self.thousands)
+        mark = "," if self.thousands == "." else "."
+        return f"{sign}{self.prefix}{whole}{point and mark}{fraction}{self.suffix}"
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Inference
 # --------------------------------------------------------------------------------------------------------------
@@ -238,6 +310,8 @@ class Summary:
         self.dtype: str | None = None
         self.categories: tuple[str, ...] | None = None
         self.ordered = False
+        self.dress: Dress | None = None  # of the text so far
+        self.undressed: Summary | None = None  # of the numbers in it; None once some text wears another dress, or none
 
     # Adding cells -------------------------------------------------------------------------------------------------
 
@@ -262,6 +336,7 @@ class Summary:
         values: list[float] = []
         moments: list[int] = []
         present: list[str] = []
+        dressed: Counter[str] = Counter()
         for cell, count in counts.items():
             bare = cell.strip()
             if bare in self._always:
@@ -285,7 +360,9 @@ class Summary:
                 if self.first_text is None:
                     self.first_text = (where.cell(chunk.cells.index(cell), self.name), cell)
                 self._add_moment(bare, moments)
+                dressed[bare] += count
         self._remember(present)
+        self._add_dressed(dressed, chunk.comma, where)
         if self.moments and moments and not self.numbers:
             self._measure(np.array(moments, dtype=np.float64))
         if values:
@@ -306,6 +383,24 @@ class Summary:
             self.moments = format_
         except ValueError:
             self.moments = None
+
+    def _add_dressed(self, cells: Counter[str], comma: bool, where: Where) -> None:
+        """Take in text that may be numbers with a currency or a percent sign."""
+        if not cells or (self.dress is not None and self.undressed is None):
+            return
+        plain: list[str] = []
+        for cell, count in cells.items():
+            found = Dress.of(cell, comma)
+            joined = found and (found[0] if self.dress is None else self.dress.joined(found[0]))
+            if not found or joined is None:
+                self.dress, self.undressed = Dress("", ""), None
+                return
+            self.dress = joined
+            plain += [found[1]] * count
+        if self.undressed is None:
+            self.undressed = Summary(self.name, self._always)
+            self.undressed.counter = False
+        self.undressed.add(TextCells(plain), where)
 
     def _add_spelling(self, bare: str) -> None:
         self.leading_zero |= bool(_LEADING_ZERO.match(bare))
@@ -390,6 +485,8 @@ class Summary:
             self.texts += count
             present.append(key)
         self._remember(present)
+        if chunk.categories is None:
+            self._add_dressed(Counter({key.strip(): counts[key] for key in present}), False, where)
 
     def _same_dtype(self, dtype: str, where: Where) -> None:
         if self.dtype is not None and self.dtype != dtype:
@@ -419,6 +516,8 @@ class Summary:
             self.dtype = "datetime64[us]"
             said.setdefault("format", self.moments)
             self.texts, self.numbers, self.counter = 0, self.texts, False
+        if self.undressed is not None and not self.numbers and self._may_undress(said):
+            return self._conclude_dressed(said, allow_missing)
         if self.dtype is not None:
             numeric = self.numbers > 0
         elif said.get("kind") in ("categorical", "ordinal", "binary"):
@@ -454,6 +553,25 @@ class Summary:
         if notes:
             base["note"] = "; ".join([*([base["note"]] if base.get("note") else []), *notes])
         return TableColumn(**base)
+
+    def _may_undress(self, said: Mapping[str, Any]) -> bool:
+        return said.get("kind") in (None, "real", "integer", "ordinal") and "categories" not in said
+
+    def _conclude_dressed(self, said: dict[str, Any], allow_missing: bool) -> TableColumn:
+        """A column of numbers with a currency or a percent sign."""
+        assert self.dress is not None and self.undressed is not None
+        inner = self.undressed
+        inner.rows, inner.blank, inner.spelled, inner.doubtful = self.rows, self.blank, self.spelled, self.doubtful
+        override = {name: value for name, value in said.items() if name != "dtype"}
+        column = inner.conclude({"role": "model", **override}, allow_missing)
+        if column.coded:  # few values: they stay the user's spellings
+            self.undressed = None
+            return self.conclude(said, allow_missing)
+        worn: dict[str, Any] = {"prefix": self.dress.prefix, "suffix": self.dress.suffix, "dtype": self.dtype or "str"}
+        worn["thousands"] = self.dress.thousands or ""
+        if "unit" not in said:
+            worn["unit"] = (self.dress.prefix + self.dress.suffix).strip()
+        return replace(column, **worn)
 
     def _is_text(self) -> bool:
         """Whether spelled cells are text: some cell is no number, or numbers have leading zeros."""
@@ -645,6 +763,8 @@ class Encoder:
         """Codes or values, shape ``(rows,)``; raises :class:`DataError` at the first cell that does not belong."""
         if self._column.coded:
             values = self._encode_category(cells, where)
+        elif self._column.dressed and not isinstance(cells, NumberCells):
+            values = self._parse(self._undressed(cells), where)
         elif isinstance(cells, KeyCells):
             index = next((i for i, key in enumerate(cells.keys) if key is not None), None)
             if index is not None:
@@ -660,6 +780,17 @@ class Encoder:
         self._check(values, cells, where)
         return values
 
+    def _undressed(self, cells: TextCells | KeyCells) -> TextCells:
+        """The cells without currency or percent sign; what wears another dress stays as it is, to be refused."""
+        comma = isinstance(cells, TextCells) and cells.comma
+        column, plain = self._column, dict[str, str]()
+        spelled = cells.cells if isinstance(cells, TextCells) else [_NOTHING if k is None else k for k in cells.keys]
+        for cell in set(spelled):
+            found = Dress.of(cell.strip(), comma)
+            fits = found is not None and (found[0].prefix, found[0].suffix) == (column.prefix, column.suffix)
+            plain[cell] = found[1] if found is not None and fits else cell
+        return TextCells([plain[cell] for cell in spelled])
+
     def _parse(self, cells: TextCells, where: Where) -> np.ndarray:
         known: dict[str, float] = {}
         for cell in dict.fromkeys(cells.cells):
@@ -668,7 +799,7 @@ class Encoder:
                 known[cell] = self._parse_moment(cell, cells, where)
             elif cells.number.fullmatch(bare):
                 known[cell] = float(bare.replace(",", ".") if cells.comma else bare)
-            elif bare in self._absent:
+            elif bare in self._absent or cell == _NOTHING:
                 known[cell] = math.nan
             elif INFINITE.fullmatch(bare):
                 known[cell] = math.copysign(math.inf, -1 if bare.startswith("-") else 1)
@@ -824,6 +955,10 @@ def format_cells(column: TableColumn, values: np.ndarray, absent: str, comma: bo
         categories = column.categories or ()
         return [missing if math.isnan(v) else categories[round(v)] for v in values]
     shown = [missing if math.isnan(v) else _format(v, column) for v in values]
+    if column.dressed:
+        dress = Dress(column.prefix, column.suffix, column.thousands)
+        worn = [cell if math.isnan(v) else dress.put_on(cell) for cell, v in zip(shown, values)]
+        return [cell.replace(".", ",") for cell in worn] if comma and not column.thousands else worn
     return [cell.replace(".", ",") if not math.isnan(v) else cell for cell, v in zip(shown, values)] if comma else shown
 
 

@@ -321,19 +321,21 @@ def _has_header(rows: Sequence[Sequence[str]], number: re.Pattern[str]) -> bool:
     """Whether the first row is of another nature than the rows below it."""
     first, rest = rows[0], rows[1:]
     names = [cell.strip() for cell in first]
-    if any(number.fullmatch(name) for name in names):
+    numbers = sum(number.fullmatch(name) is not None for name in names)
+    if numbers and (2 * numbers >= len(names) or len(set(names)) < len(names)):  # some columns may be called 2019
         return False
     if not rest:
-        return True
+        return not numbers
     absent = {*MISSING, *MISSING_AMONG_NUMBERS}
     new = 0
     for j, name in enumerate(names):
         below = [row[j].strip() for row in rest if j < len(row)]
         present = [cell for cell in below if cell not in absent]
-        if name and name not in absent and present and all(number.fullmatch(cell) for cell in present):
+        word = name and name not in absent and not number.fullmatch(name)
+        if word and present and all(number.fullmatch(cell) for cell in present):
             return True
         new += name not in below
-    return len(set(names)) == len(names) and "" not in names and new == len(names)
+    return not numbers and len(set(names)) == len(names) and "" not in names and new == len(names)
 
 
 def _quoting(text: str, dialect: Dialect, whole: bool) -> str:

@@ -743,6 +743,10 @@ def _series(pd: Any, column: TableColumn, values: np.ndarray) -> Any:
         cells = np.array([None] * len(values), dtype=object)
         cells[~absent] = kept[values[~absent].astype(np.int64)]
         return _typed(pd, cells, absent, dtype)
+    if column.dressed:
+        cells = np.array(format_cells(column, values, ""), dtype=object)
+        cells[absent] = None
+        return _typed(pd, cells, absent, dtype)
     if dtype.startswith(("datetime", "timedelta")):
         kind = "datetime64[us]" if dtype.startswith("datetime") else "timedelta64[us]"
         micro = np.where(absent, np.datetime64("NaT").astype(np.int64), np.rint(np.where(absent, 0, values)))
