@@ -60,11 +60,14 @@ class GlowStep(Bijection):
         return z, log_slope + log_det * (x.shape[2] * x.shape[3])
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, log_slope = self.coupling.inverse(z, context)
+        mixed, log_slope = self.coupling.inverse(z, context)
         with torch.autocast(z.device.type, enabled=False):
-            z, log_det = self.mixing.inverse(z)
-            x, log_scale = self.norm.inverse(z)
-        return x, log_slope + log_det + log_scale
+            scale = torch.exp(-self.norm.log_scale)
+            unit = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+            weight = scale[:, None] * self.mixing.solve(unit)
+            x = F.conv2d(mixed, weight[:, :, None, None], -scale * self.norm.shift)
+            log_det = self.mixing.log_det() + self.norm.log_scale.sum()
+        return x, log_slope - log_det * (z.shape[2] * z.shape[3])
 
     def _mixed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W (e^s x + b) and the log-det, both of a pixel, in full precision even where networks are not."""
