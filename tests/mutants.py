@@ -25,13 +25,15 @@ import likely.evaluation.heldout as heldout
 import test_denoisers as of_denoisers
 import test_diffusion as of_diffusion
 import test_distillation as of_distillation
+import test_masked_diffusion as of_masked_diffusion
+import test_transformer as of_transformer
 from likely import units
 from likely.checks import check_model
 from likely.coding import staircase
 from likely.coding.components import ComponentsCodec
 from likely.coding.intervals import NormalCells
 from likely.coding.normals import FactorInnovations
-from likely.contract import Binary, Column, Counts, Integers, Model, Reals, Space, Table
+from likely.contract import Binary, Column, Counts, Integers, Model, Reals, Space, Table, Tokens
 from likely.data.dataset import Dataset
 from likely.data.preprocessing import Dequantise, Logit, Preprocessed, Standardise
 from likely.diffusion import bound, distillation, levels, likelihood, parameterisation, samplers
@@ -40,13 +42,18 @@ from likely.distributions import logistic
 from likely.distributions.counts import NegativeBinomial
 from likely.distributions.logistic import GridLogisticMixture
 from likely.distributions.normal import Normal
+from likely.evaluation import sequences
 from likely.models.gaussian import Gaussian, _Full
 from likely.models.independent import Independent
+from likely.models.masked_diffusion import MaskedDiffusion
 from likely.models.mixture import Mixture
+from likely.models.transformer import Transformer
 from likely.models.vae import VAE
 from likely.models.vdm import VDM
 from likely.networks import normconv, winograd
+from likely.networks.attention import Attention
 from likely.networks.features import Features
+from likely.networks.transformer import TransformerLayers
 from likely.networks.unet import Double, ResidualBlock
 from toy_models import Autoregressive, Diffusion, Flow
 
@@ -764,6 +771,63 @@ MUTANTS = [
         "group_norm",
         "correction=0",
         "correction=1",
+    ),
+    # Autoregressive models of sequences, and masked diffusion
+    Mutant(
+        "attention that sees what comes after",
+        told(of_transformer.test_a_cell_depends_on_all_earlier_cells_and_on_no_later_one, Tokens(5, 4)),
+        Attention,
+        "forward",
+        "is_causal=causal",
+        "is_causal=False",
+    ),
+    Mutant(
+        "sequence read one place too late",
+        contract("total_mass", Transformer, Tokens(3, 3)),
+        Transformer,
+        "_hidden",
+        "x[:, :-1], 0",
+        "x[:, 1:], 0",
+    ),
+    Mutant(
+        "cache that forgets where it is",
+        told(of_transformer.test_the_walk_with_its_cache_gives_the_laws_of_the_whole_pass, Tokens(5, 4)),
+        TransformerLayers,
+        "forward",
+        "caches[0].size if caches else 0",
+        "0",
+    ),
+    Mutant(
+        "overlapping windows counted twice",
+        told(of_transformer.test_a_running_text_is_predicted_once_from_what_came_before, 2),
+        sequences,
+        "running_nats",
+        "nats[done : start + length] = row[done - start :]",
+        "nats[start : start + length] = row",
+    ),
+    Mutant(
+        "masked diffusion without its weight 1 / t",
+        told(of_masked_diffusion.test_the_bound_is_the_mean_over_all_orders),
+        MaskedDiffusion,
+        "_chosen",
+        "present / k",
+        "present / present",
+    ),
+    Mutant(
+        "weight of a step of the masked chain",
+        told(of_masked_diffusion.test_the_bound_of_a_chain_of_steps, "cosine"),
+        MaskedDiffusion,
+        "_chosen",
+        "(u - before) / u",
+        "(u - before)",
+    ),
+    Mutant(
+        "masked cell that is seen",
+        told(of_masked_diffusion.test_the_bound_is_the_mean_over_all_orders),
+        MaskedDiffusion,
+        "_hidden",
+        "torch.where(masked, self.cells.levels, x).long()",
+        "x.long()",
     ),
 ]
 
