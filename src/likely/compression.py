@@ -100,7 +100,7 @@ def decompress(
         path: the ``.lk`` file, or its bytes.
         out: file or folder to write, ``"-"`` for standard output; None returns the data.
         run: the model that compressed it, where the file carries none; by default the run whose place it names.
-        rows: only these rows of a table or of lines, from … to before …; other chunks are not decoded.
+        rows: only these rows, from … to before …; other chunks are not decoded.
         workers: processes at work; by default one a core.
         limits: what the file may declare; see :class:`likely.coding.container.Limits`.
         progress: called with stage, done and all.

@@ -452,7 +452,7 @@ class Mixture:
         return self._quantile(probability, origin, floor)
 
     def _quantile(self, probability: Floats, origin: Floats | float, floor: Floats | float) -> Floats:
-        """A root of logit (F(x) + floor · x) = logit p by Newton's method in float32, from the mean of the parts' quantiles.
+        """A root of logit (F(x) + floor · x) = logit p, by Newton's method in float32 from the mean of the quantiles.
 
         Normals are taken for logistics of the same deviation.
         """

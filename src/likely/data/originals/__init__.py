@@ -76,7 +76,8 @@ def restore(
             next to the same step.
         first: number of the first row of the first part; what stands before the first row (a header) is always put
             in front, what follows the last row only behind it.
-        keep: numbers of the rows to give, from … to before …; None for all rows of the parts.
+        keep: numbers of the rows to give, from … to before …; None for all rows of the parts.  Rows of an array come
+            back as an array of their own: those of an .npy or idx file as an .npy file.
 
     Raises:
         DataError: where head or side are damaged; from ``value`` and ``write`` too, which do the work.
@@ -90,12 +91,10 @@ def restore(
             if media in ("parquet", "dataframe"):
                 return RestoredFrame(form, facts, parts, first, keep)
         elif isinstance(form, ArrayForm):
-            if keep is not None:
-                raise DataError("rows: arrays and folders of images come back as a whole; decompress all of it")
             if media == "images":
-                return RestoredFolder(form, facts, parts)
+                return RestoredFolder(form, facts, parts, first, keep)
             if media in ("npy", "idx", "npz", "arrays", "array", "list", "tensor", "sparse", "embedded"):
-                return restore_array(form, facts, parts)
+                return restore_array(form, facts, parts, first, keep)
         elif media in ("text", "lines", "fasta", "strings"):
             return restore_sequences(form, facts, parts, first, keep)
         raise DataError(f"head is damaged: {media!r} is not of a schema of the form {form.form!r}")

@@ -447,19 +447,29 @@ def _dtype(text: Any, kinds: str) -> np.dtype:
     return dtype
 
 
-def restore_array(form: ArrayForm, facts: Mapping[str, Any], parts: Iterable[Part]) -> Restored:
+def restore_array(
+    form: ArrayForm,
+    facts: Mapping[str, Any],
+    parts: Iterable[Part],
+    first: int = 0,
+    keep: tuple[int, int] | None = None,
+) -> Restored:
     """Put an array together again.
 
     Args:
         form: what the schema says of the array.
         facts: of the whole.
         parts: consecutive rows.
+        first: number of the first of them.
+        keep: numbers of the rows to give; None for all.
     """
     recipe = _Recipe(form, facts)
     if facts["media"] in ("npy", "idx"):
+        if keep is not None:
+            return RestoredArrays(_Recipe(form, {**facts, **_ALONE}), parts, first, keep)
         before, behind = bytes.fromhex(facts["before"]), bytes.fromhex(facts["behind"])
         return RestoredFile(facts["media"], _file_pieces(recipe, parts, before, behind, bool(facts["by columns"])))
-    return RestoredArrays(recipe, parts)
+    return RestoredArrays(recipe, parts, first, keep)
 
 
 def _file_pieces(
@@ -479,13 +489,41 @@ def _file_pieces(
     yield behind
 
 
-class RestoredArrays(Restored):
-    """Arrays that come back with the same content: one, several by name, or a sparse matrix."""
+#: What is not said of an .npy or idx file: it holds one array and no more.
+_ALONE = {"names": [None], "columns first": [], "key": None}
 
-    def __init__(self, recipe: _Recipe, parts: Iterable[Part]) -> None:
+
+class RestoredArrays(Restored):
+    """Arrays that come back with the same content: one, several by name, or a sparse matrix.
+
+    Args:
+        recipe: of the arrays.
+        parts: consecutive rows.
+        first: number of the first of them.
+        keep: numbers of the rows to give; None for all.
+    """
+
+    def __init__(
+        self, recipe: _Recipe, parts: Iterable[Part], first: int = 0, keep: tuple[int, int] | None = None
+    ) -> None:
         super().__init__(str(recipe.facts["media"]))
-        self._recipe, self._parts = recipe, parts
+        self._recipe, self._parts, self._first, self._keep = recipe, parts, first, keep
         self._value: Any = None
+
+    def _kept(self) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]]:
+        """Cells, label columns and further arrays of the rows to give."""
+        start = self._first
+        for part in map(self._recipe.part, self._parts):
+            cells, labels, extras = part
+            stop = start + len(cells)
+            if stop > self._recipe.n and "sparse" not in self._recipe.facts:
+                raise damaged(f"more than the {self._recipe.n} rows of the original")
+            if self._keep is None:
+                yield part
+            else:
+                low, high = (min(max(row, start), stop) - start for row in self._keep)
+                yield cells[low:high], [held[low:high] for held in labels], [held[low:high] for held in extras]
+            start = stop
 
     @property
     def value(self) -> Any:
@@ -500,7 +538,7 @@ class RestoredArrays(Restored):
         name, wide = self._recipe.facts["sparse"]
         if name not in ("csr_matrix", "csr_array"):
             raise DataError(f"head is damaged: expected a sparse matrix, got {name!r}")
-        rows = [sparse.csr_matrix(self._recipe.part(part)[0]) for part in self._parts]
+        rows = [sparse.csr_matrix(cells) for cells, _, _ in self._kept()]
         dtype = self._recipe.cells.dtype
         held = sparse.vstack(rows, format="csr") if rows else sparse.csr_matrix((0, whole(wide)), dtype=dtype)
         held = getattr(sparse, name)(held.astype(dtype, copy=False))
@@ -508,11 +546,7 @@ class RestoredArrays(Restored):
         return held
 
     def _build(self) -> Any:
-        recipe = self._recipe
-        parts = [recipe.part(part) for part in self._parts]
-        n = sum(len(cells) for cells, _, _ in parts)
-        if n > recipe.n:
-            raise damaged(f"more than the {recipe.n} rows of the original")
+        parts = list(self._kept())
         with intact("head"):
             return self._named(parts)
 

@@ -157,18 +157,34 @@ def _get_names(reader: Reader, n: int) -> list[str]:
 
 
 class RestoredFolder(Restored):
-    """A folder of images; its value is a dict of pixels, or of the bytes of a kept file, by name."""
+    """A folder of images; its value is a dict of pixels, or of the bytes of a kept file, by name.
 
-    def __init__(self, form: ArrayForm, facts: Mapping[str, Any], parts: Iterable[Part]) -> None:
+    Args:
+        form: what the schema says of the images.
+        facts: of the whole.
+        parts: consecutive rows.
+        first: number of the first of them.
+        keep: numbers of the rows to give; None for all.
+    """
+
+    def __init__(
+        self,
+        form: ArrayForm,
+        facts: Mapping[str, Any],
+        parts: Iterable[Part],
+        first: int = 0,
+        keep: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__("images")
         dtype = np.dtype(str(facts["dtype"]))
         if dtype.kind not in "biu" or facts["mode"] not in (_BLACK_AND_WHITE, _GREY, _DEEP, _COLOUR):
             raise DataError(f"head is damaged: expected pixels, got {facts['dtype']!r} in mode {facts['mode']!r}")
         self._cells, self._mode, self._parts = Cells(form, dtype, "times"), str(facts["mode"]), parts
         self._size, self._n = whole(facts["size"]), whole(facts["n"])
+        self._first, self._keep = first, keep
 
     def _files(self) -> Iterator[tuple[str, np.ndarray | bytes]]:
-        digest, rows = hashlib.blake2b(digest_size=16), 0
+        digest, rows = hashlib.blake2b(digest_size=16), self._first
         seen: set[str] = set()
         for x, _, side in self._parts:
             with intact("side information"):
@@ -180,6 +196,8 @@ class RestoredFolder(Restored):
                 if name in seen:
                     raise damaged(f"the name {name!r} comes twice")
                 seen.add(name)
+                if self._keep is not None and not self._keep[0] <= rows - len(names) + row < self._keep[1]:
+                    continue
                 _add(digest, name, self._mode, pixels[row], kept.get(row))
                 yield name, kept.get(row, pixels[row])
         self.digest = digest.digest()
