@@ -1,0 +1,211 @@
+"""All families on the same images for the same processor time: held-out bits/dim, one table.
+
+Every family trains for the same number of CPU seconds on one thread: the cost of a step is measured on steps that are
+    then
+thrown away, and the run has as many steps as fit, with a cosine decay to zero.  The weights kept are those of the best
+of a few evaluations on held-out training images.  The number is the bound of the contract on the test images, in
+bits/dim, with what kind of number it is; nothing is weighted.  The VAE's importance-weighted bound and the diffusion
+model's bound in 64 levels cost evaluation time only.
+
+    python benchmarks/families.py --minutes 2
+    LIKELY_DATA=… python benchmarks/families.py --data mnist --minutes 10 --out benchmarks/results/families_mnist
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import likely
+from likely import api, models
+from likely.contract import Integers, Model
+from likely.data import Dataset, infer_schema
+from likely.evaluation import held_out, importance_weighted
+from likely.training import train
+from likely.units import bits_per_dim
+
+#: Model and training options by data set and family.
+CASES: dict[str, dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
+    "digits": {
+        "vae": (
+            "vae",
+            {"latent_dim": 16, "hidden": (256, 256), "prior": "mixture", "prior_options": {"components": 50}},
+            {"learning_rate": 2e-3},
+        ),
+        "nsf": ("nsf", {}, {"learning_rate": 1e-3}),
+        "glow": ("glow", {}, {"learning_rate": 1e-3}),
+        "vdm": (
+            "vdm",
+            {"network": "unet", "network_options": {"width": 32, "depth": 2, "dropout": 0.1}},
+            {"learning_rate": 2e-3},
+        ),
+        "vdm, mlp": (
+            "vdm",
+            {"network": "mlp", "network_options": {"width": 256, "depth": 3, "dropout": 0.1}},
+            {"learning_rate": 2e-3},
+        ),
+        "pixelcnn": ("pixelcnn", {"width": 64, "layers": 3, "dropout": 0.1}, {"learning_rate": 2e-3}),
+    },
+    "mnist": {
+        "vae": (
+            "vae",
+            {
+                "latent_dim": 32,
+                "network": "conv",
+                "hidden": (16, 32, 256),
+                "prior": "mixture",
+                "prior_options": {"components": 100},
+            },
+            {"learning_rate": 2e-3},
+        ),
+        "glow": ("glow", {}, {"learning_rate": 1e-3}),
+        "vdm": (
+            "vdm",
+            {"network": "unet", "network_options": {"width": 32, "depth": 2, "scales": (1, 2), "fourier": (6, 7)}},
+            {"learning_rate": 2e-3},
+        ),
+        "vdm, dit": (
+            "vdm",
+            {"network": "dit", "network_options": {"width": 96, "depth": 3, "stem": 24, "fourier": (6, 7)}},
+            {"learning_rate": 2e-3},
+        ),
+        "pixelcnn": ("pixelcnn", {"width": 96, "positions": 64}, {"learning_rate": 2e-3}),
+    },
+}
+TRAINING = {"batch_size": 128, "patience": None, "progress": False}
+#: Evaluations on held-out training images in a run.
+EVALUATIONS = 6
+
+
+def read(data: str) -> tuple[Dataset, Dataset, Dataset]:
+    """Training, validation and test images as integers of shape (1, H, W)."""
+    if data == "digits":
+        from sklearn.datasets import load_digits
+
+        x = torch.tensor(load_digits().images).float().unsqueeze(1)
+        x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+        space = Integers((1, 8, 8), 17)
+        return Dataset(space, x[:1300]), Dataset(space, x[1300:1437]), Dataset(space, x[1437:])
+    folder = Path(os.environ["LIKELY_DATA"]) / "mnist"
+    schema = infer_schema(folder / "train-images-idx3-ubyte.gz")
+    every = schema.read(folder / "train-images-idx3-ubyte.gz")
+    test = schema.read(folder / "t10k-images-idx3-ubyte.gz")
+    return every.subset(slice(0, 59_000)), every.subset(slice(59_000, 60_000)), test
+
+
+def step_seconds(model: Model, data: Dataset, options: dict[str, Any]) -> float:
+    """CPU seconds of a training step, on a copy of the model."""
+    taken = []
+    for steps in (4, 24):
+        start = time.process_time()
+        train(copy.deepcopy(model), data, None, steps=steps, **TRAINING, **options)
+        taken.append(time.process_time() - start)
+    return (taken[1] - taken[0]) / 20
+
+
+def measure(name: str, data: str, minutes: float, seed: int, most: int | None) -> dict[str, Any]:
+    """Train a family and evaluate it on the test images."""
+    family, options, training = CASES[data][name]
+    train_set, valid_set, test_set = read(data)
+    if most is not None:
+        test_set = test_set.subset(slice(0, most))
+    model = api.build_model(family, train_set.space, seed=seed, options=options)
+    steps = max(10, int(60 * minutes / step_seconds(model, train_set, training)))
+    start = time.process_time()
+    every = max(1, steps // EVALUATIONS)
+    train(model, train_set, valid_set, steps=steps, evaluate_every=every, seed=seed, **TRAINING, **training)
+    cpu = time.process_time() - start
+    if hasattr(model, "bound_levels"):
+        model.bound_levels = 64
+    found = held_out(model, test_set)
+    dims = test_set.space.dims
+    row = {
+        "name": name,
+        "kind": found.kind,
+        "bits_per_dim": bits_per_dim(found.nats, dims),
+        "standard_error": -bits_per_dim(found.standard_error, dims),
+        "parts_nats": found.parts,
+        "test_images": len(test_set),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": steps,
+        "cpu_seconds": round(cpu),
+        "options": options,
+    }
+    if family == "vae":
+        tight = importance_weighted(model, test_set, samples=200)
+        row["importance_weighted_bits_per_dim"] = bits_per_dim(tight.nats, dims)
+    return row
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = [
+        f"# {result['data']}: held-out bits/dim after {result['minutes']:g} CPU minutes of training, one thread",
+        "",
+        "Bounds are those of the contract on the test images; ± is the standard error over images.",
+        "",
+        "| family | bits/dim | kind | parameters | steps | CPU s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(result["rows"], key=lambda row: row["bits_per_dim"]):
+        value = f"{row['bits_per_dim']:.3f} ± {abs(row['standard_error']):.3f}"
+        if "importance_weighted_bits_per_dim" in row:
+            value += f" ({row['importance_weighted_bits_per_dim']:.3f} with 200 importance weights)"
+        lines.append(
+            f"| {row['name']} | {value} | {row['kind']} | {row['parameters']:,} | {row['steps']:,} | {row['cpu_seconds']} |"
+        )
+    images = result["rows"][0]["test_images"]
+    lines += ["", f"{images:,} test images.  `{result['command']}`, {result['machine']}, {result['date']}.", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=CASES, default="digits")
+    parser.add_argument("--minutes", type=float, default=2.0, help="CPU minutes of training for each family")
+    parser.add_argument("--families", nargs="+", default=None)
+    parser.add_argument("--test-images", type=int, default=None, help="fewer test images, for a trial")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=None, help="write OUT.json and OUT.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    known = {name for name, (family, _, _) in CASES[arguments.data].items() if family in models.names()}
+    wanted = arguments.families or [name for name in CASES[arguments.data] if name in known]
+    for name in wanted:
+        if name not in known:
+            parser.error(f"--families: expected some of {', '.join(sorted(known))}, got {name!r}")
+    rows = []
+    for name in wanted:
+        rows.append(measure(name, arguments.data, arguments.minutes, arguments.seed, arguments.test_images))
+        print(f"{name}: {rows[-1]['bits_per_dim']:.4f} bits/dim", file=sys.stderr, flush=True)
+    if not all(math.isfinite(row["bits_per_dim"]) for row in rows):
+        raise SystemExit("a family has no finite number of bits")
+    result = {
+        "data": arguments.data,
+        "minutes": arguments.minutes,
+        "rows": rows,
+        "command": shlex.join(["python", "benchmarks/families.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared, 1 thread",
+        "versions": {"likely": likely.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    print(table(result))
+    if arguments.out is not None:
+        arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        arguments.out.with_suffix(".md").write_text(table(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
