@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -979,3 +981,30 @@ def test_slices_average_to_the_exact_trace() -> None:
     exact = score_matching(score, x)
     sliced = sliced_score_matching(score, x, stream(), directions=4000)
     assert torch.allclose(sliced, exact, atol=0.15)
+
+
+# The trainer and the recipes -------------------------------------------------------------------------------------
+
+
+def test_a_compiled_loss_draws_the_same_levels() -> None:
+    """The trainer draws the noise of a compiled loss beforehand: the same values, levels over the batch among them."""
+    from likely.training.stepper import _Drawn, _Noting
+
+    model, x = VDM.tiny(Binary((2, 3))), torch.ones(16, 2, 3)
+    noting = _Noting(stream(4))
+    with torch.no_grad():
+        noted = model.loss(x, None, noting).value
+        assert ("stratified", (16,)) in noting.wanted
+        noise = stream(4)
+        drawn = _Drawn([getattr(noise, kind)(shape) for kind, shape in noting.wanted])
+        assert torch.equal(model.loss(x, None, drawn).value, noted)
+        assert torch.equal(model.loss(x, None, stream(4)).value, noted)
+
+
+@pytest.mark.parametrize("recipe", ["vdm_toy", "weighted_elbo"])
+def test_recipes_run(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    papers = Path(__file__).parent.parent / "papers"
+    monkeypatch.syspath_prepend(str(papers))
+    monkeypatch.setattr("sys.argv", [f"{recipe}.py", "--dry-run"])
+    runpy.run_path(str(papers / f"{recipe}.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("# ")
