@@ -94,12 +94,15 @@ class Spline(Elementwise):
 
     def _bins(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sizes and lower ends of the bins along x and y, both ``(2, K, …)``, and raw slopes ``(K + 1, …)``."""
-        k = self.bins
-        sizes = torch.softmax(numbers[: 2 * k].unflatten(0, (2, k)), 1) * self._free + self._least
-        ends = [torch.full_like(sizes[:, 0], self.low)]
-        for i in range(k - 1):
-            ends.append(ends[-1] + sizes[:, i])
-        return sizes, torch.stack(ends, 1), self._edges(numbers)
+        shares = torch.softmax(numbers[: 2 * self.bins].unflatten(0, (2, self.bins)), 1)
+        return shares * self._free + self._least, self._lower_ends(shares), self._edges(numbers)
+
+    def _lower_ends(self, shares: Tensor) -> Tensor:
+        """Lower ends of bins that have these shares of what is free: one product with a triangle of ones."""
+        k, like = self.bins, {"dtype": shares.dtype, "device": shares.device}
+        before = torch.ones(k, k, **like).tril_(-1).expand(2, k, k)
+        start = torch.arange(k, **like).mul_(self._least).add_(self.low).unsqueeze(1)
+        return torch.baddbmm(start, before, shares.flatten(2), alpha=self._free).reshape(shares.shape)
 
     def _edges(self, numbers: Tensor) -> Tensor:
         """Raw slopes at the K + 1 knots, of which 0 stands for a slope of 1."""
@@ -149,28 +152,27 @@ class _Curve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, numbers: Tensor, spline: Spline) -> tuple[Tensor, Tensor]:
-        k = spline.bins
+        k, least, free = spline.bins, spline._least, spline._free
         inside = x.clamp(spline.low, spline.high)
-        sizes = torch.softmax(numbers[: 2 * k].unflatten(0, (2, k)), 1).mul_(spline._free).add_(spline._least)
-        knots = torch.empty_like(sizes)
-        knots[:, 0] = spline.low
-        for i in range(k - 1):
-            torch.add(knots[:, i], sizes[:, i], out=knots[:, i + 1])
+        shares = torch.softmax(numbers[: 2 * k].unflatten(0, (2, k)), 1)
+        knots = spline._lower_ends(shares)
         passed = knots[0, 1:] <= inside
         at = passed.sum(0, keepdim=True)
         pair = at.expand(2, 1, *x.shape)
-        w, h = sizes.gather(1, pair).squeeze(1)
-        x0, y0 = knots.gather(1, pair).squeeze(1)
-        raw = spline._edges(numbers).gather(0, torch.cat([at, at + 1])).add_(_UNIT)
-        d0, d1 = F.softplus(raw).add_(LEAST_SLOPE)
-        theta, s = (inside - x0).div_(w), h / w
+        share_of_bin, lower = shares.gather(1, pair).squeeze(1), knots.gather(1, pair).squeeze(1)
+        w, h = sizes = share_of_bin * free + least
+        ends = torch.cat([at, at + 1])
+        raw = spline._edges(numbers).gather(0, ends).add_(_UNIT)
+        d0, d1 = slopes = F.softplus(raw).add_(LEAST_SLOPE)
+        theta, s = (inside - lower[0]).div_(w), h / w
         rest = 1.0 - theta
-        u, square = theta * rest, theta * theta
-        below = torch.add(d0 + d1, s, alpha=-2.0).mul_(u).add_(s)
-        share = (d0 * u).addcmul_(s, square).div_(below)  # of the bin's height
-        above = (d1 * square).addcmul_(d0, rest.square_()).addcmul_(s, u, value=2.0)
+        u, square, rest_square = theta * rest, theta * theta, rest * rest
+        curve = torch.add(d0 + d1, s, alpha=-2.0)
+        below = torch.addcmul(s, curve, u)
+        rise = (d0 * u).addcmul_(s, square).div_(below)  # share of the bin's height
+        above = (d1 * square).addcmul_(d0, rest_square).addcmul_(s, u, value=2.0)
         slope = (s / below).square_().mul_(above)
-        z, outside = torch.addcmul(y0, h, share), x != inside
+        z, outside = torch.addcmul(lower[1], h, rise), x != inside
         if spline.tails == "identity":
             z, slope = torch.where(outside, x, z), slope.masked_fill_(outside, 1.0)
         else:
@@ -178,68 +180,70 @@ class _Curve(torch.autograd.Function):
             z = torch.where(outside, (x - inside).mul_(edge).add_(inside), z)
             slope = torch.where(outside, edge, slope)
         ctx.spline = spline
-        found = (passed, at, theta, s, u, square, rest, below, share, above, w, h, x0, y0, raw, d0, d1, slope)
-        ctx.save_for_backward(x, numbers, sizes, *found)
+        found = (theta, s, rest, u, square, rest_square, curve, below, rise, above, slope, outside)
+        ctx.save_for_backward(x, numbers, shares, passed, at, share_of_bin, lower, sizes, ends, raw, slopes, *found)
         return z, slope.log()
 
     @staticmethod
     def backward(ctx: Any, of_z: Tensor, of_log_slope: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, numbers, sizes, *found = ctx.saved_tensors
-        passed, at, theta, s, u, square, rest_square, below, share, above, w, h, x0, y0, raw, d0, d1, slope = found
+        x, numbers, shares, passed, at, share_of_bin, lower, sizes, ends, raw, slopes, *found = ctx.saved_tensors
         spline: Spline = ctx.spline
         if torch.is_grad_enabled():  # somebody wants derivatives of the derivative
             wanted = [value for value, needed in zip((x, numbers), ctx.needs_input_grad) if needed]
-            found = iter(
+            grads = iter(
                 torch.autograd.grad(spline._curve(x, numbers), wanted, (of_z, of_log_slope), create_graph=True)
             )
-            of_x, of_numbers = (next(found) if needed else None for needed in ctx.needs_input_grad[:2])
+            of_x, of_numbers = (next(grads) if needed else None for needed in ctx.needs_input_grad[:2])
             return of_x, of_numbers, None
+        theta, s, rest, u, square, rest_square, curve, below, rise, above, slope, outside = found
+        (w, h), (d0, d1), k = sizes, slopes, spline.bins
 
         # 1. What lies outside sees the slope at the edge alone
-        inside = x.clamp(spline.low, spline.high)
-        within = (x == inside).to(x.dtype)
-        without = 1.0 - within
-        of_x = of_z * slope * without
-        of_edge = (of_z * (x - inside) + of_log_slope / slope) * without if spline.tails == "linear" else None
-        of_z, of_log_slope = of_z * within, of_log_slope * within
+        of_z = of_z.contiguous()  # a view in another order would slow all that follows
+        of_all_z, of_outer = of_z, None
+        if spline.tails == "linear":
+            away = x - x.clamp(spline.low, spline.high)
+            of_outer = torch.where(outside, of_z * away + of_log_slope / slope, 0.0)
+        of_z, of_log_slope = of_z.masked_fill(outside, 0.0), of_log_slope.masked_fill(outside, 0.0)
 
         # 2. By θ, s = h / w, and the two slopes, at fixed h
-        turn, curve = torch.rsub(theta, 1.0, alpha=2.0), torch.add(d0 + d1, s, alpha=-2.0)
-        by_above, by_below, by_share = of_log_slope / above, of_log_slope / below, of_z * h / below
-        bent = torch.addcmul(d1 * theta, s, turn).sub_(d0 - d0 * theta)
-        of_theta = (of_z * slope).mul_(w).addcmul_(by_above, bent, value=2.0)
-        of_theta.addcmul_(by_below * curve, turn, value=-2.0)
-        of_s = torch.addcmul(of_log_slope / s, by_above, u).mul_(2.0).addcmul_(by_share, square)
-        of_s.sub_((by_share * share).add_(by_below, alpha=2.0).mul_(torch.rsub(u, 1.0, alpha=2.0)))
-        fall = torch.addcmul(by_below * 2.0, by_share, share).mul_(u)
-        of_slopes = torch.stack(
-            [
-                (by_share * u).addcmul_(by_above, rest_square).sub_(fall),
-                (by_above * square).sub_(fall),
-            ]
-        )
-        if of_edge is not None:
-            lower = (x < spline.low).to(x.dtype)
-            of_slopes += torch.stack([of_edge * lower, of_edge * (1.0 - lower)])
-        of_inside = of_theta / w
-        of_x += of_inside
+        turn = torch.rsub(theta, 1.0, alpha=2.0)
+        by_above, by_below, by_rise = of_log_slope / above, of_log_slope / below, (of_z * h).div_(below)
+        bent = (d1 * theta).addcmul_(s, turn).addcmul_(d0, rest, value=-1.0)
+        of_theta = bent.mul_(by_above).addcmul_(by_below * curve, turn, value=-1.0)  # half of it, but for that by z
+        of_x = torch.addcmul(of_theta.mul_(2.0).div_(w), of_all_z, slope)
         if not ctx.needs_input_grad[1]:
             return of_x, None, None
+        of_s = (of_log_slope / s).addcmul_(by_above, u).mul_(2.0).addcmul_(by_rise, square)
+        by_below.mul_(2.0)
+        by_both = torch.addcmul(by_below, by_rise, rise)
+        of_s.addcmul_(by_both, torch.rsub(u, 1.0, alpha=2.0), value=-1.0).div_(w)
+        by_both.mul_(u)
+        of_slopes = torch.empty_like(slopes)
+        torch.mul(by_rise, u, out=of_slopes[0]).addcmul_(by_above, rest_square).sub_(by_both)
+        torch.mul(by_above, square, out=of_slopes[1]).sub_(by_both)
+        if of_outer is not None:
+            low = x < spline.low
+            of_slopes[0].add_(of_outer.masked_fill(~low, 0.0))
+            of_slopes[1].add_(of_outer.masked_fill(low, 0.0))
 
         # 3. By the sizes of the cell's bin, and of those before it, which move its lower end; then through the softmax
-        own = torch.stack([-(theta * of_theta + s * of_s) / w, of_z * share + of_s / w])
-        before = torch.stack([-of_inside, of_z])
-        k, bins = spline.bins, at.to(x.dtype)
-        shared = torch.stack([x0, y0]) - spline.low - bins * spline._least  # out by the softmax, before the bin
-        mean = (before * shared + own * (torch.stack([w, h]) - spline._least)) / spline._free
-        of_numbers = torch.empty_like(numbers)
-        of_sizes = of_numbers[: 2 * k].unflatten(0, (2, k))
+        before, own = torch.empty_like(sizes), torch.empty_like(sizes)
+        torch.neg(of_x.masked_fill(outside, 0.0), out=before[0])
+        before[1] = of_z
+        torch.mul(theta, before[0], out=own[0]).addcmul_(s, of_s, value=-1.0)
+        torch.addcmul(of_s, of_z, rise, out=own[1])
+        shared = (lower - spline.low).sub_(at.to(x.dtype), alpha=spline._least).mul_(before)  # out by the softmax before the bin
+        mean = shared.addcmul_(own, share_of_bin, value=spline._free)
+        before.sub_(own).mul_(spline._free)
+        own.mul_(spline._free)
         reached = x.new_ones(k + 1, *x.shape)  # [bin j is mine or before it]; what comes before mine reaches j + 1
         reached[1:k] = passed
         reached[k] = 0.0
+        of_numbers = torch.empty_like(numbers)
+        of_sizes = of_numbers[: 2 * k].unflatten(0, (2, k))
         torch.mul(reached[:k], own.unsqueeze(1), out=of_sizes)
-        of_sizes.addcmul_(reached[1:], (before - own).unsqueeze(1)).sub_(mean.unsqueeze(1)).mul_(sizes - spline._least)
-        of_edges = x.new_zeros(k + 1, *x.shape)
-        of_edges.scatter_(0, torch.cat([at, at + 1]), of_slopes.mul_(raw.sigmoid()))
+        of_sizes.addcmul_(reached[1:], before.unsqueeze(1)).sub_(mean.unsqueeze(1)).mul_(shares)
+        of_edges = x.new_zeros(k + 1, *x.shape).scatter_(0, ends, of_slopes.mul_(raw.sigmoid()))
         of_numbers[2 * k :] = of_edges if spline.tails == "linear" else of_edges[1:-1]
         return of_x, of_numbers, None
