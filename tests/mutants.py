@@ -22,12 +22,15 @@ from typing import Any
 import torch
 
 import likely.evaluation.heldout as heldout
+import likely.models.vae as vae
 import test_denoisers as of_denoisers
 import test_diffusion as of_diffusion
 import test_distillation as of_distillation
+import test_glow as of_glow
 import test_masked_diffusion as of_masked_diffusion
 import test_transformer as of_transformer
 from likely import units
+from likely.bijections.multiscale import GaussianPrior, MultiScale
 from likely.checks import check_model
 from likely.coding import staircase
 from likely.coding.components import ComponentsCodec
@@ -43,7 +46,9 @@ from likely.distributions.counts import NegativeBinomial
 from likely.distributions.logistic import GridLogisticMixture
 from likely.distributions.normal import Normal
 from likely.evaluation import sequences
+from likely.models.dequantised import Dequantised
 from likely.models.gaussian import Gaussian, _Full
+from likely.models.glow import Glow, GlowStep
 from likely.models.independent import Independent
 from likely.models.masked_diffusion import MaskedDiffusion
 from likely.models.mixture import Mixture
@@ -115,6 +120,11 @@ def squeezed() -> Model:
 
 def weighted() -> Model:
     return VAE(BITS, latent_dim=2, hidden=(4,), activation="tanh", samples=5)
+
+
+def flowing() -> Model:
+    posterior = {"posterior": "iaf", "posterior_options": {"transforms": 1, "hidden": (8,), "tails": "normal"}}
+    return VAE(BITS, latent_dim=2, hidden=(4,), activation="tanh", samples=2, **posterior)
 
 
 def warmed() -> Model:
@@ -828,6 +838,70 @@ MUTANTS = [
         "_hidden",
         "torch.where(masked, self.cells.levels, x).long()",
         "x.long()",
+    ),
+    Mutant(
+        "convolution counted at one pixel",
+        told(of_glow.test_volume_is_that_of_autograd_and_the_inverse_is_one, "step"),
+        GlowStep,
+        "forward",
+        "log_det * (x.shape[2] * x.shape[3])",
+        "log_det",
+    ),
+    Mutant(
+        "shift of ActNorm that is not mixed",
+        told(of_glow.test_a_step_is_actnorm_then_convolution_then_coupling),
+        GlowStep,
+        "_mixed",
+        "matrix @ self.norm.shift",
+        "self.norm.shift",
+    ),
+    Mutant(
+        "prior of the split left out",
+        contract("total_mass", Glow, Reals((3, 1, 1))),
+        MultiScale,
+        "forward",
+        "total + log_det + log_slope",
+        "total + log_det",
+    ),
+    Mutant(
+        "split's prior that does not see what stays",
+        told(of_glow.test_the_splits_prior_is_the_normal_law_it_says),
+        GaussianPrior,
+        "_numbers",
+        "self.given(given)",
+        "self.given(0.0 * given)",
+    ),
+    Mutant(
+        "density of the dequantising noise left out",
+        told(of_glow.test_the_law_of_the_noise_has_the_density_it_says, BITS),
+        Dequantised,
+        "dequantise",
+        "width.log().sum() - log_q",
+        "width.log().sum() + 0.0 * log_q",
+    ),
+    Mutant(
+        "width of the bins left out of the dequantisation",
+        told(of_glow.test_the_law_of_the_noise_has_the_density_it_says, GRID),
+        Dequantised,
+        "dequantise",
+        "width.log().sum() - log_q",
+        "-log_q",
+    ),
+    Mutant(
+        "posterior's flow without its volume",
+        contract("importance_weights", flowing),
+        vae,
+        "_draws",
+        "log_q - log_det",
+        "log_q",
+    ),
+    Mutant(
+        "posterior's flow with the sign of the other direction",
+        contract("importance_weights", flowing),
+        vae,
+        "_draws",
+        "log_q - log_det",
+        "log_q + log_det",
     ),
 ]
 

@@ -27,6 +27,7 @@ from likely.contract import (
 )
 from likely.data.preprocessing import Dequantise, Log1p, Logit, Preprocessed, Standardise
 from likely.models.gaussian import Gaussian
+from likely.models.glow import Glow
 from likely.models.mixture import Mixture
 from likely.models.vae import VAE
 from toy_models import Autoregressive, Diffusion, Flow
@@ -60,6 +61,7 @@ def tiny_vae(space: Space, condition: Space | None = None, **options: object) ->
     return VAE(space, condition, latent_dim=2, hidden=(4,), activation="tanh", **options)  # type: ignore[arg-type]
 
 
+TINY_FLOW = {"transforms": 1, "hidden": (8,), "tails": "normal"}
 OPTIONS = {
     "VAE with importance weights": lambda: tiny_vae(Binary((2, 3)), samples=4),
     "VAE with a Gaussian prior": lambda: tiny_vae(Integers((2,), 3), prior="gaussian"),
@@ -68,6 +70,20 @@ OPTIONS = {
     "VAE with one scale a cell": lambda: tiny_vae(Reals((2,)), likelihood_options={"scale": "cell"}),
     "VAE with logistics": lambda: tiny_vae(Integers((2,), 4), likelihood="logistic"),
     "VAE with a multinomial": lambda: tiny_vae(Counts((3,)), likelihood="multinomial"),
+    "VAE with a flow as the prior": lambda: tiny_vae(Binary((2, 3)), prior="nsf", prior_options=TINY_FLOW),
+    "VAE with a flow as the posterior": lambda: tiny_vae(Binary((2, 3)), posterior="iaf", posterior_options=TINY_FLOW),
+    "VAE with flows all round": lambda: tiny_vae(
+        Reals((2,)),
+        Integers((1,), 3),
+        prior="realnvp",
+        prior_options=TINY_FLOW,
+        posterior="nsf",
+        posterior_options={**TINY_FLOW, "conditioner": "coupling"},
+        samples=2,
+    ),
+    "Glow, additive, plain convolutions": lambda: Glow(
+        Reals((3, 1, 1)), levels=2, steps=1, width=4, coupling="additive", convolution="plain"
+    ),
     "VAE with warm-up, free bits, dropout": lambda: tiny_vae(Binary((2, 3)), kl_warmup=50, free_bits=0.05, dropout=0.1),
     "mixture with full covariance": lambda: Mixture(Reals((2,), missing=True), components=3, covariance="full"),
     "mixture of Poissons": lambda: Mixture(Counts((2,)), components=3, counts="poisson"),

@@ -324,7 +324,7 @@ def test_the_law_of_the_noise_has_the_density_it_says(space: Space) -> None:
         lambda e: model.dequantise(x, Given(e[None]))[0].flatten()[model.discrete], eps[0]
     )
     log_q_of_y = norm.logpdf(eps.numpy()).sum() - torch.linalg.slogdet(jacobian)[1]
-    assert float(gain) == pytest.approx(-float(log_q_of_y), abs=1e-8)
+    assert float(gain) == pytest.approx(-float(log_q_of_y), abs=1e-8), f"{float(gain)}, not {-float(log_q_of_y)}"
 
 
 def test_it_is_a_bound_and_a_trained_law_of_the_noise_tightens_it() -> None:
