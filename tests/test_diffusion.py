@@ -922,6 +922,14 @@ def test_a_model_with_hidden_conditions_has_two_bounds() -> None:
     assert right[1] >= right[0] > 0.6
 
 
+def test_networks_see_the_last_bits_of_fine_levels() -> None:
+    for levels, powers in ((256, [6, 7]), (32, [3, 4]), (17, []), (16, [])):
+        model = VDM(Integers((2,), levels), network="mlp", network_options={"width": 8, "depth": 1})
+        assert model.denoise.network.fine.powers == powers
+    given = VDM(Integers((2,), 256), network="mlp", network_options={"width": 8, "depth": 1, "fourier": None})
+    assert given.denoise.network.fine.powers == []
+
+
 def test_refusals_say_what_is_wrong() -> None:
     vector, given = Integers((2,), 4), Integers((1,), 3)
     for options, message in (

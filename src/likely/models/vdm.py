@@ -50,7 +50,7 @@ from likely.diffusion.bound import (
     squared_errors,
     weighted_error,
 )
-from likely.diffusion.data import LevelData, TableData, make_data
+from likely.diffusion.data import Data, LevelData, RealData, TableData, make_data
 from likely.diffusion.distillation import distillation_error
 from likely.diffusion.levels import Adaptive, Ends, Learned, Levels, Linear, draw, grid, make_levels, spread_over_batch
 from likely.diffusion.likelihood import EXACT_CELLS, flow, log_density
@@ -70,7 +70,8 @@ class VDM(Model):
         condition: space of what the model is conditioned on, or None.
         network: ``mlp`` for any shape, ``unet`` or ``dit`` for images (C, H, W); ``auto``: ``unet`` for images of at
             least 8 × 8, else ``mlp``.
-        network_options: options of the network, such as ``{"width": 256}``; see :mod:`likely.networks.denoisers`.
+        network_options: options of the network, such as ``{"width": 256}``; see :mod:`likely.networks.denoisers`.  For 2ᵇ
+            levels, b ≥ 5, ``fourier`` is (b − 2, b − 1) unless it is given.
         parameterisation: what the network's output means: ``f`` (EDM's), ``v``, ``eps`` (VDM's), ``x`` or ``score``.
         steps: T, number of steps of the chain that the bound speaks of; None for continuous time.
         gamma_min, gamma_max: γ_0 and γ_1.  By default γ_0 suits the spacing of the data (−13.3 for 256 levels).
@@ -165,7 +166,7 @@ class VDM(Model):
         image = len(self.data.shape) == 3 and min(self.data.shape[1:]) >= 8
         name = ("unet" if image else "mlp") if network == "auto" else network
         self._teacher: list[VDM | None] = [None]  # in a list, so that it is no part of this module
-        built = denoiser(name, self.data.shape, width, **dict(network_options or {}))
+        built = denoiser(name, self.data.shape, width, **{**_fine(self.data), **dict(network_options or {})})
         self.denoise = Denoiser(built, make_parameterisation(parameterisation), ends)
 
     # The bound -----------------------------------------------------------------------------------------------
@@ -377,9 +378,10 @@ class VDM(Model):
         if isinstance(self.data, LevelData):
             width = 2.0 / self.data.levels
             y = y + width * (noise.uniform(y.shape).to(y) - 0.5)
-            log_unit = torch.full_like(y, math.log(width)).flatten(1).sum(1)
+            log_unit = self.space.dims * math.log(width)
         else:
-            log_unit = -self.data.features.scale.log().sum().to(y).expand(len(y))  # type: ignore[union-attr]
+            assert isinstance(self.data, RealData)
+            log_unit = -float(self.data.features.scale.log().sum())
         cells = self.space.dims
         probes = (0 if cells <= EXACT_CELLS else 1) if probes is None else probes
         levels = torch.linspace(float(self.ends.low), float(self.ends.high), steps + 1)
@@ -511,6 +513,13 @@ class VDM(Model):
         if isinstance(self.space, Table):
             return cells[:, [j for j, column in enumerate(self.space.columns) if column.missing]]
         return cells.flatten(1) if self.space.missing else cells.flatten(1)[:, :0]
+
+
+def _fine(data: Data) -> dict[str, Any]:
+    """Fourier features that show the last two bits of 2ᵇ levels, and how far off its level a value is (section 4.3)."""
+    levels = data.levels if isinstance(data, LevelData) else 0
+    bits = levels.bit_length() - 1
+    return {"fourier": (bits - 2, bits - 1)} if bits >= 5 and levels == 1 << bits else {}
 
 
 class _Seen(NamedTuple):
