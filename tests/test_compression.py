@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import likely
 from documents import adult, run
@@ -25,7 +26,8 @@ from likely.coding.weights import pack, unpack
 from likely.contract import Binary, Column, NoCodec, Reals, Table
 from likely.data import infer_schema
 from likely.evaluation import held_out
-from likely.exact import Network
+from likely.exact import Irreproducible, Network
+from likely.exact.products import Product, Route
 
 OPTIONS = {"latent_dim": 4, "hidden": [16], "steps": 60, "progress": False, "seed": 0}
 
@@ -88,6 +90,24 @@ def test_the_file_is_as_small_as_the_bound(fitted: likely.Fitted, tmp_path: Path
     assert over < 0.002 * bound + 4 * error
     assert over > -0.008 * bound  # beyond 5.5 deviations a latent value costs 28 bits, and not what the normal law says
     assert 8 * (sizes.coded + sizes.holes + sizes.head + sizes.side + sizes.frame) == 8 * sizes.file
+
+
+def test_what_one_route_gets_wrong_another_finds(
+    fitted: likely.Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product that is wrong for some sizes of a batch, in encoding and in decoding alike."""
+    rows, by = table(200, 4), Product.by
+
+    def wrong(product: Product, route: Route, ints: Tensor) -> Tensor:
+        probed = len(ints) in (4, 256)
+        return by(product, route, ints) + (1.0 if route == "native" and not probed else 0.0)
+
+    monkeypatch.setattr(Product, "by", wrong)
+    fitted.compress(rows, tmp_path / "a.lk", workers=1, verify=False)
+    pd.testing.assert_frame_equal(likely.decompress(tmp_path / "a.lk", run=fitted, workers=1), rows)
+    with pytest.raises(Irreproducible, match="decode otherwise when products are computed in another way"):
+        fitted.compress(rows, tmp_path / "b.lk", workers=1)
+    assert not (tmp_path / "b.lk").exists()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -688,6 +688,9 @@ def test_the_probe_tells_networks_apart_and_routes_not() -> None:
     net = exact.network(_network())
     assert len(net.probe()) == 8
     assert {exact.network(_network(), route=route).probe() for route in ROUTES} == {net.probe()}
+    before, probe = net.routes, net.probe()
+    net.reroute()
+    assert all(route != before[name] for name, route in net.routes.items()) and net.probe() == probe
     other = _network()
     other[0].weight.data[0, 0, 0, 0] += 0.05
     assert exact.network(other).probe() != net.probe()

@@ -534,7 +534,7 @@ def test_bytes_of_every_kind_of_pixel_are_translated_as_other_numbers_are_comput
         schema = infer_schema(values)
         narrow, wide = (take_apart(schema, values.astype(t)).rows(0, 20) for t in (values.dtype, np.int16))
         assert torch.equal(narrow.x, wide.x) and narrow.x.dtype == wide.x.dtype
-        original, restored, parts = there_and_back(schema, values, 7)
+        _, restored, parts = there_and_back(schema, values, 7)
         assert same(restored.value, values) and {side for _, _, side in parts} == {b""}
 
 

@@ -301,6 +301,7 @@ class _Job:
         self.codec: ModelCodec = model.codec(spare_bits=spare or None)
         self.cells = _Layout(model.space)
         self._condition = None if model.condition is None else _Layout(model.condition)
+        self._other: ModelCodec | None = None
 
     def to_bytes(self) -> bytes:
         """What another process needs."""
@@ -367,7 +368,18 @@ class _Job:
         return len(_section(sample)) * len(x) < 1.2 * coded * len(some)
 
     def _verify(self, coded: _Coded) -> None:
-        self._decode(coded.kind, coded.payload, coded.rows, coded.raw_size, coded.digest)
+        """Decode, every product of the networks being computed another way than it was for encoding."""
+        if self._other is None:
+            self._other = self.model.codec(spare_bits=self.spare or None)
+            for network in self._other.networks.values():
+                network.reroute()
+        try:
+            self._decode(self._other, coded.kind, coded.payload, coded.rows, coded.raw_size, coded.digest)
+        except Damaged as error:
+            raise Irreproducible(
+                "the coded rows decode otherwise when products are computed in another way: this machine's arithmetic "
+                "is not what it should be, and nothing was written"
+            ) from error
 
     def decode(self, chunk: Chunk) -> _Part:
         """The rows of a chunk.
@@ -376,9 +388,9 @@ class _Job:
             Damaged: it is not as it was written.
         """
         with intact("rows", chunk.where), located(chunk.where):
-            return self._decode(chunk.kind, chunk.payload, chunk.rows, chunk.raw_size, chunk.digest)
+            return self._decode(self.codec, chunk.kind, chunk.payload, chunk.rows, chunk.raw_size, chunk.digest)
 
-    def _decode(self, kind: str, payload: bytes, n: int, raw_size: int, digest: bytes) -> _Part:
+    def _decode(self, codec: ModelCodec, kind: str, payload: bytes, n: int, raw_size: int, digest: bytes) -> _Part:
         cells = n * self.cells.row
         if n > 1 and cells > MOST_CHUNK:
             raise TooLarge("bytes of a chunk's cells", cells, MOST_CHUNK)
@@ -397,7 +409,7 @@ class _Job:
             sections.finish()
         else:
             present = self.cells.present(holes, n)
-            x = decode_rows(self.codec, bytes(sections.rest), n, condition, present)
+            x = decode_rows(codec, bytes(sections.rest), n, condition, present)
         content = [side, *self.cells.to_bytes(x), *given]
         if content_digest(*content) != digest:
             raise Damaged("the decoded content is not what was compressed")
@@ -433,7 +445,7 @@ def compress(
         embed: the packed model (:func:`likely.coding.weights.pack`) to put into the file; None for a file that needs
             its run.
         run: where the run lies, as a hint for whoever decompresses.
-        verify: decode every chunk before it is written.
+        verify: decode every chunk before it is written, its networks' products computed in another way.
         workers: processes at work; by default one for each core, if there is enough to do.
         read: how this source differs from the one that was fitted.
         limits: what the file may hold.
@@ -442,6 +454,7 @@ def compress(
     Raises:
         NoCodec: the model has no codec; the message says why.
         ValueError: the source is not of the schema.
+        Irreproducible: verification found that this machine's arithmetic errs.
     """
     original = take_apart(schema, source, **dict(read or {}))
     spare = _spare_bits(schema.space, original)
