@@ -6,9 +6,9 @@
 channels)``.  Two implementations give the same numbers:
 
 * :func:`plain`, of PyTorch's operations, for any device and type, for compilation and derivatives of any order;
-* :class:`_Lean`, for large float32 maps on the CPU.  It keeps x and nothing else for the derivative, makes norm, shift
-  and gain one multiplication and one addition, joins maps without a copy, and multiplies half as often
-  (:mod:`likely.networks.winograd`).
+* :class:`_Lean`, for large float32 maps on the CPU.  It makes norm, shift and gain one multiplication and one addition,
+  joins maps without a copy, multiplies half as often (:mod:`likely.networks.winograd`), and keeps for the derivative x
+  and what it multiplied, nothing between.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class NormConv(nn.Module):
         """
         arguments = (x, skip, shift, residual, self.gain, self.offset, self.weight, self.bias, self.groups)
         dropping = self.dropout and self.training
-        if x.numel() >= LARGE and not dropping and is_plain(x, self.weight) and not _in_forward_mode():
+        if x.numel() >= LARGE and not dropping and is_plain(x, self.weight) and not in_forward_mode():
             return _Lean.apply(*arguments)
         return plain(*arguments, dropout=self.dropout if dropping else 0.0)
 
@@ -156,28 +156,28 @@ class _Lean(torch.autograd.Function):
         if shift is not None:
             moving = moving + shift
         hidden, inner = _frame(maps, weight)
-        _activate(maps, r * gain, offset + moving * (r * gain), inner)
-        y = _convolve(hidden, inner, weight)
+        u = _argument(maps, r * gain, offset + moving * (r * gain))
+        torch.ops.aten.silu.out(u, out=inner)
+        y, seen, kernel = _convolve(hidden, inner, weight)
         if bias is not None:
             y += bias if residual is None else residual + bias
         elif residual is not None:
             y += residual
-        ctx.save_for_backward(x, skip, shift, residual, gain, offset, weight, bias, mean, r, moving)
+        ctx.save_for_backward(x, skip, shift, residual, gain, offset, weight, bias, mean, r, moving, seen, kernel)
         ctx.groups = groups
         return y
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        x, skip, shift, residual, gain, offset, weight, bias, mean, r, moving = ctx.saved_tensors
+        x, skip, shift, _, gain, offset, _, bias, mean, r, moving, seen, kernel = ctx.saved_tensors
         if torch.is_grad_enabled():  # for the derivative of the derivative
             return *_plain_backward(ctx, gradient), None
         gradient = gradient.contiguous()
         maps = [part.contiguous() for part in (x, skip) if part is not None]
         positions = x.shape[1] * x.shape[2]
         a = r * gain
-        hidden, inner = _frame(maps, weight)
-        u = _activate(maps, a, offset + moving * a, inner)
-        of_hidden, of_weight = _convolve_backward(gradient, hidden, inner, weight)
+        of_hidden, of_weight = _convolve_backward(gradient, seen, kernel)
+        u = _argument(maps, a, offset + moving * a)
         of_u = torch.ops.aten.silu_backward(of_hidden, u, grad_input=of_hidden)
 
         # Sums over positions of ∂u and of ∂u · normalised x, by example and channel; and their means by group
@@ -206,7 +206,7 @@ class _Lean(torch.autograd.Function):
             of_maps[0],
             None if skip is None else of_maps[1],
             of_shift,
-            None if residual is None else gradient,
+            gradient if ctx.needs_input_grad[3] else None,
             normalised.sum(0),
             sums.sum(0),
             of_weight,
@@ -222,7 +222,8 @@ def _plain_backward(ctx: Any, gradient: Tensor) -> list[Tensor | None]:
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:8]]
 
 
-def _in_forward_mode() -> bool:
+def in_forward_mode() -> bool:
+    """Whether derivatives are taken in forward mode, for which the lean forms have no rules."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
@@ -247,29 +248,29 @@ def _frame(maps: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, hidden
 
 
-def _activate(maps: list[Tensor], a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Write silu(u), u = a x + b, for the maps side by side; u is returned."""
+def _argument(maps: list[Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """u = a x + b of the maps side by side."""
     widths = [part.shape[3] for part in maps]
     u = maps[0].new_empty(*maps[0].shape[:3], sum(widths))
     for part, target, at in zip(maps, u.split(widths, 3), _slices(widths)):
         torch.addcmul(_wide(b[:, at]), part, _wide(a[:, at]), out=target)
-    torch.ops.aten.silu.out(u, out=out)
     return u
 
 
-def _convolve(hidden: Tensor, inner: Tensor, weight: Tensor) -> Tensor:
+def _convolve(hidden: Tensor, inner: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and what its derivative needs: what was multiplied by what."""
     if inner is not hidden:
         return winograd.convolve(hidden, weight)
     kernel = weight.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(hidden.permute(0, 3, 1, 2), kernel, padding=1).permute(0, 2, 3, 1).contiguous()
+    y = F.conv2d(hidden.permute(0, 3, 1, 2), kernel, padding=1)
+    return y.permute(0, 2, 3, 1).contiguous(), hidden, kernel
 
 
-def _convolve_backward(gradient: Tensor, hidden: Tensor, inner: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if inner is not hidden:
-        return winograd.convolve_backward(gradient, hidden, weight)
-    kernel = weight.contiguous(memory_format=torch.channels_last)
+def _convolve_backward(gradient: Tensor, seen: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    if seen.dim() == 5:
+        return winograd.convolve_backward(gradient, seen, kernel)
     ends = [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
     of_hidden, of_weight, _ = torch.ops.aten.convolution_backward(
-        gradient.permute(0, 3, 1, 2), hidden.permute(0, 3, 1, 2), kernel, None, *ends
+        gradient.permute(0, 3, 1, 2), seen.permute(0, 3, 1, 2), kernel, None, *ends
     )
     return of_hidden.permute(0, 2, 3, 1).contiguous(), of_weight

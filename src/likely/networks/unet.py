@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from likely.networks.conditioning import FineFeatures, LevelEmbedding, without_autocast, zero
-from likely.networks.linear import Linear, affine
+from likely.networks.linear import Linear, affine, is_plain
 from likely.networks.mlp import full_precision
-from likely.networks.normconv import NormConv, divisor, group_norm
+from likely.networks.normconv import NormConv, divisor, group_norm, in_forward_mode
 
 
 class UNet(nn.Module):
@@ -234,5 +234,44 @@ class Double(nn.Module):
             x.permute(0, 3, 1, 2), four.contiguous(memory_format=torch.channels_last), bias.repeat(4), padding=1
         )
         y = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, channels))
+        if is_plain(x, weight) and not in_forward_mode():
+            return _Interleave.apply(y)
         rows = [torch.stack([y[:, p : p + height, q : q + width, p, q] for q in range(2)], 3) for p in range(2)]
         return torch.stack(rows, 2).view(n, 2 * height, 2 * width, channels)
+
+
+class _Interleave(torch.autograd.Function):
+    """From ``(batch, H + 1, W + 1, 2, 2, channels)`` to ``(batch, 2 H, 2 W, channels)``: y[2i + p, 2j + q] is at
+    [i + p, j + q, p, q]."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        n, height, width, _, _, channels = y.shape
+        out = y.new_empty(n, height - 1, 2, width - 1, 2, channels)
+        for p, q in _PHASES:
+            out[:, :, p, :, q] = y[:, p : p + height - 1, q : q + width - 1, p, q]
+        return out.view(n, 2 * height - 2, 2 * width - 2, channels)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return _Separate.apply(gradient)
+
+
+class _Separate(torch.autograd.Function):
+    """The adjoint of :class:`_Interleave`."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        n, height, width, channels = gradient.shape
+        parts = gradient.reshape(n, height // 2, 2, width // 2, 2, channels)
+        out = gradient.new_zeros(n, height // 2 + 1, width // 2 + 1, 2, 2, channels)
+        for p, q in _PHASES:
+            out[:, p : p + height // 2, q : q + width // 2, p, q] = parts[:, :, p, :, q]
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return _Interleave.apply(gradient)
+
+
+_PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))

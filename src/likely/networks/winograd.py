@@ -40,15 +40,18 @@ G = (
 )
 
 
-def kernels(weight: Tensor) -> list[Tensor]:
-    """U: from ``(out, in, 3, 3)`` six kernels along the width, ``(out, in, 1, 3)``."""
-    found = torch.einsum("jk,oikx->joix", weight.new_tensor(G), weight).unsqueeze(3)
-    return [kernel.contiguous(memory_format=torch.channels_last) for kernel in found.unbind(0)]
+def kernels(weight: Tensor) -> Tensor:
+    """U: from ``(out, in, 3, 3)`` six kernels along the width, ``(6, out, 3, in)``."""
+    out, channels = weight.shape[:2]
+    rows = weight.permute(2, 0, 3, 1).reshape(3, -1)
+    return (weight.new_tensor(G) @ rows).view(6, out, 3, channels)
 
 
-def kernels_adjoint(gradients: Sequence[Tensor]) -> Tensor:
+def kernels_adjoint(gradients: Tensor) -> Tensor:
     """From gradients with respect to U to the one with respect to the weight."""
-    return torch.einsum("jk,joix->oikx", gradients[0].new_tensor(G), torch.stack(list(gradients)).squeeze(3))
+    _, out, _, channels = gradients.shape
+    rows = gradients.new_tensor(G).t() @ gradients.reshape(6, -1)
+    return rows.view(3, out, 3, channels).permute(1, 3, 0, 2)
 
 
 def combine(padded: Tensor) -> Tensor:
@@ -116,29 +119,42 @@ def collect_adjoint(y: Tensor) -> list[Tensor]:
     ]
 
 
-def convolve(padded: Tensor, weight: Tensor) -> Tensor:
+def convolve(padded: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A 3 × 3 convolution of a padded map: ``(batch, H + 2, W, in)`` to ``(batch, H, W, out)``, H a multiple of 4.
 
     >>> x, weight = torch.randn(2, 10, 5, 3), torch.randn(4, 3, 3, 3)
     >>> x[:, 0] = x[:, -1] = 0.0
     >>> direct = F.conv2d(x[:, 1:-1].permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1)
-    >>> bool((convolve(x, weight) - direct).abs().max() < 1e-4)
+    >>> bool((convolve(x, weight)[0] - direct).abs().max() < 1e-4)
     True
+
+    Returns:
+        y, and V and U for :func:`convolve_backward`.
     """
-    products = [
-        F.conv2d(v.permute(0, 3, 1, 2), kernel, padding=(0, 1)).permute(0, 2, 3, 1)
-        for v, kernel in zip(combine(padded).unbind(0), kernels(weight))
-    ]
-    return collect(products)
+    v, u = combine(padded), kernels(weight)
+    return collect([_first(F.conv2d(_channels(a), _taps(b), padding=(0, 1))) for a, b in zip(v, u)]), v, u
 
 
-def convolve_backward(gradient: Tensor, padded: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def convolve_backward(gradient: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients with respect to the map, without its padding, and to the weight."""
-    of_v, of_kernels = [], []
-    for v, kernel, product in zip(combine(padded).unbind(0), kernels(weight), collect_adjoint(gradient)):
-        product, v = product.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2)
-        ends = [1, 1], [0, 1], [1, 1], False, [0, 0], 1, [True, True, False]
-        of_one_v, of_kernel, _ = torch.ops.aten.convolution_backward(product, v, kernel, None, *ends)
-        of_v.append(of_one_v.permute(0, 2, 3, 1))
-        of_kernels.append(of_kernel)
-    return combine_adjoint(of_v), kernels_adjoint(of_kernels)
+    of_v, of_u = [], torch.empty_like(u)
+    ends = [1, 1], [0, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+    for a, b, product, of_b in zip(v, u, collect_adjoint(gradient), of_u):
+        pair = torch.ops.aten.convolution_backward(_channels(product), _channels(a), _taps(b), None, *ends)
+        of_v.append(_first(pair[0]))
+        of_b.unsqueeze(1).copy_(pair[1].permute(0, 2, 3, 1))
+    return combine_adjoint(of_v), kernels_adjoint(of_u)
+
+
+def _channels(rows: Tensor) -> Tensor:
+    """A view of a map as PyTorch has it, channels on the second axis."""
+    return rows.permute(0, 3, 1, 2)
+
+
+def _first(rows: Tensor) -> Tensor:
+    return rows.permute(0, 2, 3, 1)
+
+
+def _taps(kernel: Tensor) -> Tensor:
+    """A kernel ``(out, 3, in)`` as PyTorch has it, ``(out, in, 1, 3)``."""
+    return kernel.unsqueeze(1).permute(0, 3, 1, 2)
