@@ -70,8 +70,8 @@ class VDM(Model):
         condition: space of what the model is conditioned on, or None.
         network: ``mlp`` for any shape, ``unet`` or ``dit`` for images (C, H, W); ``auto``: ``unet`` for images of at
             least 8 × 8, else ``mlp``.
-        network_options: options of the network, such as ``{"width": 256}``; see :mod:`likely.networks.denoisers`.  For 2ᵇ
-            levels, b ≥ 5, ``fourier`` is (b − 2, b − 1) unless it is given.
+        network_options: options of the network, such as ``{"width": 256}``; see :mod:`likely.networks.denoisers`.  For
+            2ᵇ levels, b ≥ 5, ``fourier`` is (b − 2, b − 1) unless it is given.
         parameterisation: what the network's output means: ``f`` (EDM's), ``v``, ``eps`` (VDM's), ``x`` or ``score``.
         steps: T, number of steps of the chain that the bound speaks of; None for continuous time.
         gamma_min, gamma_max: γ_0 and γ_1.  By default γ_0 suits the spacing of the data (−13.3 for 256 levels).
