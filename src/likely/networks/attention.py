@@ -98,9 +98,9 @@ class Attention(nn.Module):
             mask: True where a query may see a key, shape broadcast to ``(n, heads, queries, keys)``.
         """
         n, tokens, width = x.shape
-        q, k, v = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        cos, sin = rotation.unbind(0)
-        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        qkv = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = _rotated(qkv[:2], *rotation.unbind(0)).unbind(0)
+        v = qkv[2]
         if cache is not None:
             k, v = cache.extend(k, v)
         causal = self.causal and cache is None and mask is None
