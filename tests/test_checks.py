@@ -70,7 +70,7 @@ OPTIONS = {
     "VAE with one scale a cell": lambda: tiny_vae(Reals((2,)), likelihood_options={"scale": "cell"}),
     "VAE with logistics": lambda: tiny_vae(Integers((2,), 4), likelihood="logistic"),
     "VAE with a multinomial": lambda: tiny_vae(Counts((3,)), likelihood="multinomial"),
-    "VAE with a flow as the prior": lambda: tiny_vae(Binary((2, 3)), prior="nsf", prior_options=TINY_FLOW),
+    "VAE with a flow as the prior": lambda: tiny_vae(Binary((2, 3)), prior="maf", prior_options=TINY_FLOW),
     "VAE with a flow as the posterior": lambda: tiny_vae(Binary((2, 3)), posterior="iaf", posterior_options=TINY_FLOW),
     "VAE with flows all round": lambda: tiny_vae(
         Reals((2,)),
