@@ -41,6 +41,10 @@ class Unconditional(Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return _summed(self.transform.inverse(z, self._numbers(z)))
 
+    def cells(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z, and the log-slope of every cell: of the shape of x."""
+        return self.transform.forward(x, self._numbers(x))
+
     def _numbers(self, x: Tensor) -> Tensor:
         if self.numbers is None:
             return x.new_empty(0, *x.shape)
@@ -173,15 +177,26 @@ class Coupling(Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_to(self.transform.inverse, z, context)
 
+    def cells(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z, and the log-slope of every cell, 0 where it stays: of the shape of x; with the default network."""
+        assert self.on_vectors
+        known, z, log_slope = self._columns(self.transform.forward, x, context)
+        log_slope = torch.cat([torch.zeros_like(known), log_slope]).index_select(0, self.back).t()
+        return torch.cat([known, z]).index_select(0, self.back).t(), log_slope
+
+    def _columns(self, function: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What stays, what the others become, and their log-slopes: ``(cells, batch)`` each."""
+        columns = x.t()
+        known, free = columns.index_select(0, self.kept), columns.index_select(0, self.changed)
+        return known, *function(free, self.network(known.t(), context).transpose(1, 2))
+
     def _apply_to(self, function: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.whole:
             numbers = self.network(x.masked_fill(~self.mask, 0.0), context)
             z, log_slope = function(x, numbers.unflatten(1, (self.transform.numbers, -1)).transpose(0, 1))
             return torch.where(self.mask, x, z), log_slope.masked_fill(self.mask, 0.0).flatten(1).sum(1)
         if self.on_vectors:
-            columns = x.t()
-            known, free = columns.index_select(0, self.kept), columns.index_select(0, self.changed)
-            z, log_slope = function(free, self.network(known.t(), context).transpose(1, 2))
+            known, z, log_slope = self._columns(function, x, context)
             return torch.cat([known, z]).index_select(0, self.back).t(), log_slope.sum(0)
         known, free = x.index_select(1, self.kept), x.index_select(1, self.changed)
         numbers = self.network(known, context).unflatten(1, (self.transform.numbers, -1)).transpose(0, 1)
@@ -209,10 +224,18 @@ class Autoregressive(Bijection):
         start_small(self.network.output)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        flat = x.flatten(1)
-        numbers = self.network(flat, context).transpose(1, 2)
-        z, log_slope = self.transform.forward(flat.t().contiguous(), numbers)
+        z, log_slope = self._columns(x.flatten(1), context)
         return z.t().reshape(x.shape), log_slope.sum(0)
+
+    def cells(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z, and the log-slope of every cell: of the shape of x."""
+        z, log_slope = self._columns(x.flatten(1), context)
+        return z.t().reshape(x.shape), log_slope.t().reshape(x.shape)
+
+    def _columns(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z and its log-slopes: ``(features, batch)``."""
+        numbers = self.network(x, context).transpose(1, 2)
+        return self.transform.forward(x.t().contiguous(), numbers)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         columns = z.flatten(1).t().contiguous()

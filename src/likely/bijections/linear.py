@@ -182,6 +182,11 @@ class ActNorm(Bijection):
         log_scale, shift = self._shaped(z)
         return (z - shift) * (-log_scale).exp(), _everywhere(-self.log_scale.sum(), z)
 
+    def cells(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z, and the log-slope of every cell: of the shape of x."""
+        log_scale, shift = self._shaped(x)
+        return x * log_scale.exp() + shift, log_scale.expand_as(x)
+
     def _shaped(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (x.dim() - 2))
         return self.log_scale.reshape(shape), self.shift.reshape(shape)

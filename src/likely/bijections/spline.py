@@ -233,7 +233,9 @@ class _Curve(torch.autograd.Function):
         before[1] = of_z
         torch.mul(theta, before[0], out=own[0]).addcmul_(s, of_s, value=-1.0)
         torch.addcmul(of_s, of_z, rise, out=own[1])
-        shared = (lower - spline.low).sub_(at.to(x.dtype), alpha=spline._least).mul_(before)  # out by the softmax before the bin
+        shared = (
+            (lower - spline.low).sub_(at.to(x.dtype), alpha=spline._least).mul_(before)
+        )  # out by the softmax before the bin
         mean = shared.addcmul_(own, share_of_bin, value=spline._free)
         before.sub_(own).mul_(spline._free)
         own.mul_(spline._free)

@@ -118,6 +118,25 @@ class Flow(Model):
         """log s p(x + s u) with u ~ U(−½, ½): log importance weights, shape ``(batch, samples)``."""
         return torch.stack([self.bound(x, condition, noise).nats for _ in range(samples)], 1)
 
+    def column_nats(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
+        """Each cell's share of the bound in nats, shape ``(batch, *space.shape)``; they sum to it.
+
+        log N(z_j; 0, 1) and the log-slopes of the j-th cell on its way; with one autoregressive transform this is
+        log p(x_j | the cells before it).  A coded column has its law's own share.
+        """
+        z, context = self._standard(x, noise_or_global(noise, x)), self._context(x, condition)
+        log_slopes = torch.zeros_like(z)
+        for step in self.bijection:  # type: ignore[attr-defined]
+            z, log_slope = step.cells(z, context)
+            log_slopes = log_slopes + log_slope
+        numbers = self._log_base(z) + log_slopes + self._log_units().to(z)
+        if self.codes is None:
+            return numbers.reshape(x.shape)
+        nats = numbers.new_empty(x.shape)
+        nats[:, self._numeric] = numbers
+        nats[:, self._coded] = self.codes.column_nats(x[:, self._coded], condition).to(nats)
+        return nats
+
     # What a user asks of it ----------------------------------------------------------------------------------
 
     def sample(self, n: int, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:

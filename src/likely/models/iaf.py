@@ -66,3 +66,4 @@ class IAF(Flow, Model):
             )
             steps.append(Inverse(step))
         self.bijection = Chain(*steps)
+        object.__setattr__(self, "column_nats", None)  # a cell's way back goes through all before it
