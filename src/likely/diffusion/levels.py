@@ -1,7 +1,7 @@
 """Noise levels γ = −log SNR: the two ends, and the density with which levels between them are drawn.
 
 A level has one number, γ = −log(α²/σ²), which grows with the noise; v = (γ − γ_0)/(γ_1 − γ_0) is its place between the
-ends.  The continuous-time bound is an integral over γ from γ_0 to γ_1 (Kingma et al. 2021, arXiv 2107.00630, eq. 18):
+ends.  The continuous-time bound is an integral over γ from γ_0 to γ_1 (Kingma et al. 2021, arXiv 2107.00630):
 a schedule is no more than the density p(v) of an importance sample from it, and every schedule with the same ends has
 the same bound,
 
@@ -163,7 +163,7 @@ class LogNormal(nn.Module):
 class Adaptive(nn.Module):
     """Importance density from what was seen: p(v) ∝ root mean square of the loss's integrand, in ``bins`` steps.
 
-    That p has the least variance.  Kingma & Gao 2023 (arXiv 2303.00848, appendix F) keep a running mean in 100 bins in
+    That p has the least variance.  Kingma & Gao 2023 (arXiv 2303.00848) keep a running mean in 100 bins in
     the same way; the square is what the variance asks for.  A uniform share ``floor`` bounds the weights 1/p.  The
     record is a buffer, so that a run resumes to the bit; with several processes it is the first one's.
 
@@ -230,7 +230,7 @@ class Learned(nn.Module):
         E_{v ~ p}[(h(v)/p(v))²] − const = ∫ h²/p dv − const,   of gradient   E_{v ~ p}[½ h² ∇ p(v)⁻²],
 
     which :meth:`variance` gives for integrands h held fixed: no derivative of the denoiser with respect to the level is
-    needed.  Kingma et al. 2021 (appendix I.2) learn γ(t) for the same end through such derivatives.
+    needed.  Kingma et al. 2021 learn γ(t) for the same end through such derivatives.
 
     Args:
         units: K, hidden units.
@@ -308,7 +308,7 @@ def make_levels(name: str, low: float, high: float, **options: Any) -> nn.Module
 def spread_over_batch(noise: Noise, n: int) -> Tensor:
     """A uniform variate for each of ``n`` examples, evenly spread over the whole batch where the noise can do that.
 
-    u_i = (U + i/B) mod 1 with one U for the batch of B (Kingma et al. 2021, appendix I.1), also where several processes
+    u_i = (U + i/B) mod 1 with one U for the batch of B (Kingma et al. 2021), also where several processes
     hold its parts; noise that belongs to the example (:class:`likely.noise.KeyedNoise`) knows no batch, and gives
     independent variates.
     """
@@ -338,7 +338,7 @@ class Drawn:
 def draw(levels: Levels, ends: Ends, u: Tensor, steps: int | None = None) -> Drawn:
     """Levels at uniform variates ``u``: continuous, or among the T ``steps`` of a chain.
 
-    Continuous time: weight = (γ_1 − γ_0)/p(v).  In T steps (Kingma et al. 2021, eqs. 14, 15) the noisier level of step
+    Continuous time: weight = (γ_1 − γ_0)/p(v).  In T steps (Kingma et al. 2021) the noisier level of step
     i is t = i/T, i = 1 … T, the other s = t − 1/T, and weight = T (exp(γ_t − γ_s) − 1).
     """
     if steps is None:

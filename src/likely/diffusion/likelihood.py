@@ -61,8 +61,7 @@ def log_density(
     Args:
         noise: where the probes of Hutchinson's estimate of the divergence come from, which is unbiased; None for the
             exact divergence, at the cost of one derivative for each cell.
-        probes: random signs for each example, the same at every step (Grathwohl et al. 2019, arXiv 1810.01367, section
-            3.1).
+        probes: random signs for each example, the same at every step (Grathwohl et al. 2019, arXiv 1810.01367).
     """
     n, cells = len(z), math.prod(z.shape[1:])
     if noise is None:

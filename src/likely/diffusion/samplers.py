@@ -9,7 +9,7 @@ h = (γ_t − γ_s)/2, half the rise of log SNR, and c = 1 − exp(−2h):
     dpm         z_s = (σ_s/σ_t) z − α_s (e^(−h) − 1) D,  D = x̂ + (x̂ − x̂_before)/2r     order 2, r = h_before/h
     sde         z_s = (σ_s/σ_t) e^(−h) z + α_s c D + σ_s √c ξ                          with noise
 
-(Kingma et al. 2021, 2107.00630, eqs. 28-34; Song et al. 2020, 2010.02502; Karras et al. 2022, 2206.00364, algorithms 1,
+(Kingma et al. 2021, 2107.00630; Song et al. 2020, 2010.02502; Karras et al. 2022, 2206.00364, algorithms 1,
 2; Lu et al. 2022, 2211.01095, algorithm 2.)  Only ``ancestral`` on the chain's own grid draws from the law that the
 bound speaks of.  Guidance and clipping of x̂ are kept here: neither has a likelihood.
 """

@@ -3,7 +3,7 @@
     L_w = ½ ∫ w(λ) E|ε − ε̂|² dλ
 
 With w = 1 it is the diffusion term of the bound.  Integrated by parts, with L(λ) = ½ ∫_{λ_min}^λ E|ε − ε̂|² the
-divergence of the chain that starts at λ (Kingma & Gao 2023, arXiv 2303.00848, section 4),
+divergence of the chain that starts at λ (Kingma & Gao 2023, arXiv 2303.00848),
 
     L_w = w(λ_max) L(λ_max) + ∫ (−dw/dλ) L(λ) dλ :
 

@@ -516,7 +516,7 @@ class VDM(Model):
 
 
 def _fine(data: Data) -> dict[str, Any]:
-    """Fourier features that show the last two bits of 2ᵇ levels, and how far off its level a value is (section 4.3)."""
+    """Fourier features that show the last two bits of 2ᵇ levels, and how far off its level a value is."""
     levels = data.levels if isinstance(data, LevelData) else 0
     bits = levels.bit_length() - 1
     return {"fourier": (bits - 2, bits - 1)} if bits >= 5 and levels == 1 << bits else {}
