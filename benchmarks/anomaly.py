@@ -162,18 +162,23 @@ def main() -> None:
         Path(arguments.player).write_text(json.dumps(measure(PYOD, folder, names, seeds)), encoding="utf-8")
         return
     records = measure(OURS, folder, names, seeds)
+    keep(records, names, arguments.out)
     if arguments.pyod:
         with tempfile.TemporaryDirectory() as place:
             answer = Path(place) / "answer.json"
             command = [arguments.pyod, __file__, "--player", str(answer), "--sets", arguments.sets]
             subprocess.run([*command, "--seeds", arguments.pyod_seeds], check=True, stdout=subprocess.DEVNULL)
             records += json.loads(answer.read_text(encoding="utf-8"))
-    text = table(records, names)
-    print(text)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        keep(records, names, arguments.out)
+    print(table(records, names))
+
+
+def keep(records: list[dict], names: list[str], out: Path) -> None:
+    """Write the table and all values."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     about = f"Area under the ROC curve x 100; protocol and command: benchmarks/anomaly.py; {datetime.now(UTC).date()}."
-    arguments.out.with_suffix(".md").write_text(f"# Anomalies\n\n{about}\n\n{text}\n", encoding="utf-8")
-    arguments.out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(f"# Anomalies\n\n{about}\n\n{table(records, names)}\n", encoding="utf-8")
+    out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -144,14 +144,14 @@ def test_another_dress_later_is_refused(table: pd.DataFrame, tmp_path: Path) -> 
 
 
 def test_column_of_many_levels_takes_memory_in_proportion() -> None:
-    """10⁵ levels, more than half of them seen once; nothing of size levels × levels, or levels × rows, is made."""
+    """Most of the levels are seen once; nothing of size levels × levels, or levels × rows, is made."""
     rng = np.random.default_rng(0)
-    user = np.concatenate([np.arange(100_000), rng.integers(0, 100_000, 6_000)])
+    user = np.concatenate([np.arange(30_000), rng.integers(0, 30_000, 2_000)])
     frame = pd.DataFrame({"user": [f"u{i:06d}" for i in user], "n": rng.integers(0, 5, len(user))})
     schema = infer_schema(frame, keep=["user"])
-    assert schema.space.columns[0].levels == 100_000
+    assert schema.space.columns[0].levels == 30_000
     fitted = likely.fit(frame, "mixture", schema=schema, components=2, passes=1, restarts=1, progress=False)
-    assert sum(tensor.numel() for tensor in fitted.model.state_dict().values()) < 4 * 100_000
+    assert sum(tensor.numel() for tensor in fitted.model.state_dict().values()) < 4 * 30_000
     drawn = fitted.sample(20)
     assert drawn["user"].str.fullmatch(r"u\d{6}").all()
 

@@ -59,6 +59,7 @@ from likely.data.weights import read_weights, weighted_rows
 from likely.evaluation import Evaluation, column_nats, evaluate, held_out, tail_probability
 from likely.evaluation.anomaly import AnomalyScale
 from likely.evaluation.heldout import ExampleNoise, default_batch_size, device_batches, evaluating
+from likely.evaluation.synthetic import Measure, compare_samples, pair_scores
 from likely.noise import KeyedNoise, Noise, TemperedNoise
 from likely.training import TrainOptions, TrainResult, load_weights, save_weights, train
 from likely.training.checkpoints import load_tensors, save_tensors, write_atomically
@@ -782,6 +783,8 @@ class Fitted:
         shown = held.subset(slice(0, REPORTED_EXAMPLES))
         x, condition = next(shown.batches(len(shown)))
         x = x.cpu()
+        drawn = self._draw(len(shown), condition, seed)
+        measures, pairs = self._against_real(x, drawn)
         content = ReportInput(
             title=f"{self.record['name']} on {self.record['source'] or 'data in memory'}",
             space=self.schema.space,
@@ -793,11 +796,25 @@ class Fitted:
             evaluations=[evaluation],
             history=self.history(),
             data=self._shown(x, condition),
-            samples=self._shown(self._draw(len(shown), condition, seed), condition),
+            samples=self._shown(drawn, condition),
+            measures=measures,
+            pairs=pairs,
             reconstructions=self._reconstructions(x, condition),
             embedding=self._encode(shown).numpy() if self.model.can("encode") else None,
         )
         return write_report(path, content)
+
+    def _against_real(self, held: Tensor, drawn: Tensor) -> tuple[list[Measure], list[tuple[str, str, float, float]]]:
+        """How good drawn rows of a table are beside held-out ones, and the scores of the pairs of columns of both."""
+        space = self.schema.space
+        fitted = self._part("train", optional=True) if isinstance(space, Table) else None
+        if fitted is None or not isinstance(space, Table):
+            return [], []
+        x = fitted.subset(slice(0, 5 * REPORTED_EXAMPLES)).x.cpu()
+        names = [column.name for column in space.columns]
+        both = [{(i, j): score for i, j, score in pair_scores(x, part, space)} for part in (drawn, held)]
+        pairs = [(names[i], names[j], both[0][i, j], both[1][i, j]) for i, j in both[0] if (i, j) in both[1]]
+        return compare_samples(x, held, drawn, space), pairs
 
     def _facts(self) -> dict[str, Any]:
         examples, results = self.record["examples"], self.record.get("results") or {}

@@ -276,13 +276,14 @@ class OutlierDetector(OutlierMixin, _Estimator):
     #: Measured once for all sets, labels unused: benchmarks/anomaly.py.
     _MIXTURE: ClassVar[dict[str, Any]] = {
         "components": 20,
-        "smoothing": 20.0,
+        "smoothing": 30.0,
         "passes": 20,
         "restarts": 1,
         "tolerance": 1e-3,
     }
-    #: Noise that the rows get before the fit, in standard deviations: a smoothed density, which spikes cannot drive up.
-    _BLUR = 0.2
+    #: Noise that the rows get before the fits of rows and columns, in standard deviations: smoothed densities, which
+    #: spikes cannot drive up.
+    _BLUR, _COLUMN_BLUR = 0.2, 0.1
     _AUTO = 0.05
 
     def __init__(
@@ -312,10 +313,15 @@ class OutlierDetector(OutlierMixin, _Estimator):
         """Fit the laws of the rows of ``X``, and set the threshold."""
         self._begin()
         rows = self._rows(X, fitting=True)
-        schema, blurred = self._schema_of(rows), self._blurred(rows)
-        self.fitted_ = self._fit_model(blurred, schema)
+        schema = self._schema_of(rows)
+        self.fitted_ = self._fit_model(self._blurred(rows, self._BLUR), schema)
         self.columns_ = api.fit(
-            blurred, "independent", schema=schema, seed=self._seed, valid_fraction=self.valid_fraction, progress=False
+            self._blurred(rows, self._COLUMN_BLUR),
+            "independent",
+            schema=schema,
+            seed=self._seed,
+            valid_fraction=self.valid_fraction,
+            progress=False,
         )
         self.columns_._data = None
         self._scale = AnomalyScale.of(*self._two_nats(rows))
@@ -381,14 +387,14 @@ class OutlierDetector(OutlierMixin, _Estimator):
         own = {**self._MIXTURE, "covariance": "full" if small else "diagonal", **(self.options or {})}
         return super()._fit_model(rows, schema, "mixture", **{**own, **changes})
 
-    def _blurred(self, rows: Any) -> Any:
+    def _blurred(self, rows: Any, blur: float) -> Any:
         if self._mixed:
             return rows
         noise = KeyedNoise(self._seed, content_keys(torch.tensor(rows)))
         with np.errstate(invalid="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a column without any cell
             scale = np.nan_to_num(np.nanstd(rows, axis=0))
-        return rows + self._BLUR * scale * noise.normal(rows.shape).double().numpy()
+        return rows + blur * scale * noise.normal(rows.shape).double().numpy()
 
     def _two_nats(self, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
         both = (fitted.score_samples(rows, seed=self._seed) for fitted in (self.fitted_, self.columns_))

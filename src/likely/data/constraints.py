@@ -76,7 +76,7 @@ class Constraint:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; :meth:`from_json` is the inverse."""
-        return asdict(self)
+        return {**asdict(self), "columns": list(self.columns), "follows": list(self.follows)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Constraint:

@@ -13,6 +13,7 @@ import numpy as np
 from likely.contract import Binary, Integers, Space, Table, Tokens
 from likely.data.errors import needs
 from likely.evaluation.evaluation import Evaluation, unit_of, with_error
+from likely.evaluation.synthetic import Measure
 from likely.report import figures
 from likely.report.comparison import ColumnComparison, compare_columns
 from likely.training.checkpoints import write_atomically
@@ -46,6 +47,8 @@ class ReportInput:
         label_name: what the labels are.
         columns_real, columns_sampled: tables (or arrays of shape ``(n, columns)``) to compare column by column; for
             arrays that are no images, ``data`` and ``samples`` are taken if these are None.
+        measures: how good the sampled rows of a table are, each beside its value for held-out rows.
+        pairs: pairs of columns with their score, sampled and held-out: names, and two numbers up to 1.
     """
 
     title: str
@@ -65,6 +68,8 @@ class ReportInput:
     label_name: str = "label"
     columns_real: Any = None
     columns_sampled: Any = None
+    measures: Sequence[Measure] = ()
+    pairs: Sequence[tuple[str, str, float, float]] = ()
 
 
 def write_report(path: str | Path, content: ReportInput) -> Path:
@@ -123,8 +128,18 @@ def _context(content: ReportInput) -> dict[str, Any]:
         "embedding": _embedding(content),
         "columns": [_column(c) for c in comparisons],
         "worst": [c.name for c in sorted(comparisons, key=lambda c: -c.excess)[:3] if c.excess > 0.02],
+        "measures": [_measure(m) for m in content.measures],
+        "pairs": figures.pair_matrix(content.pairs) if content.pairs else None,
         "colours": {"real": figures.REAL, "sampled": figures.SAMPLED, "model": figures.MODEL},
     }
+
+
+def _measure(measure: Measure) -> dict[str, Any]:
+    """A measure with its values as text, and whether it is much worse than for real rows."""
+    off, usual = abs(measure.value - measure.best), abs(measure.reference - measure.best)
+    shown = {key: "–" if value != value else f"{value:.3f}" for key, value in
+             (("value", measure.value), ("reference", measure.reference))}  # fmt: skip
+    return {"name": measure.name, "note": measure.note, "best": f"{measure.best:g}", "far": off > usual + 0.05, **shown}
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------

@@ -178,6 +178,32 @@ def bands(real: np.ndarray, sampled: np.ndarray) -> dict[str, str]:
     return {"src": address[0], "alt": alt, "caption": "Median (line) and central 90 % (band) of every dimension."}
 
 
+def pair_matrix(pairs: Sequence[tuple[str, str, float, float]]) -> dict[str, str]:
+    """Scores of pairs of columns as two triangles of one square: below sampled rows, above held-out rows.
+
+    Args:
+        pairs: names of two columns, score of the sampled rows, score of held-out rows; 1 is the best.
+    """
+    names = list(dict.fromkeys(name for pair in pairs for name in pair[:2]))
+    place = {name: k for k, name in enumerate(names)}
+    square = np.full((len(names), len(names)), np.nan)
+    for first, second, sampled, real in pairs:
+        low, high = sorted((place[first], place[second]))
+        square[high, low], square[low, high] = sampled, real
+    side = float(np.clip(0.34 * len(names) + 1.6, 3.2, 8.6))
+    with _chart(side + 0.9, side) as (figure, axes, address):
+        image = axes.imshow(square, cmap="viridis", vmin=min(0.5, float(np.nanmin(square))), vmax=1.0)
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        figure.colorbar(image, ax=axes, pad=0.02, shrink=0.8).outline.set_visible(False)
+    first, second, sampled, real = min(pairs, key=lambda pair: pair[2] - pair[3])
+    alt = (
+        f"Scores of {len(pairs):,} pairs of columns; farthest below held-out rows is {first} with {second}: "
+        f"{sampled:.2f} for sampled, {real:.2f} for held-out rows."
+    )
+    return {"src": address[0], "alt": alt, "caption": alt}
+
+
 def scatter_pair(real: np.ndarray, sampled: np.ndarray) -> dict[str, str]:
     """Points of the plane, data beside samples, on the same axes; arrays of shape ``(n, 2)``."""
     import matplotlib as mpl
