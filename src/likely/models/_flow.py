@@ -57,6 +57,7 @@ class Flow(Model):
 
     spaces = (Reals, Table)
     conditional = True
+    tempered = True
 
     #: Further options of the smallest instance.
     _tiny: ClassVar[dict[str, Any]] = {}
