@@ -314,7 +314,7 @@ class TableHead(Head):
         atoms: the most atoms a column may have.
         atom_share: share of the observed cells that makes a value an atom.
         recall: whether a column on a grid may fall back on the values seen in training, as often as they were seen,
-            where enough of its values come again that are no atoms.
+            where enough of its values come again that are no atoms, though the grid is fine.
     """
 
     location: Tensor
@@ -420,7 +420,7 @@ class TableHead(Head):
             values, counts = _seen(picked[:, i])
             plain = ~torch.isin(values, self.atoms[i][self.has_atom[i]])
             again = (counts * (counts > 1) * plain).sum() / counts.sum().clamp(min=1)
-            if not (self.resolution[i] > 0 and again > _LEAST_RECALLED):
+            if not (self.resolution[i] > 0 and again > _LEAST_RECALLED and _sparse(picked[:, i], self.resolution[i])):
                 values, counts = values[:0], counts[:0]
             kept.append((values, counts))
             k = self.components
@@ -489,6 +489,16 @@ def _thinned(batches: Batches, columns: list[int], most: int = 400_000) -> Tenso
 #: Share of the cells with a value that comes again, and is no atom, from which on a column recalls its values.
 _LEAST_RECALLED = 0.2
 _MOST_RECALLED = 1 << 17
+#: Share of the grid between the outer twentieths of the cells that the values may fill, if they are to be recalled.
+_MOST_FILLED = 0.25
+
+
+def _sparse(values: Tensor, resolution: Tensor) -> bool:
+    """Whether the values are few for the grid they live on, so that it is no smooth law that makes them come again."""
+    values = values[~torch.isnan(values)].sort().values
+    low, high = values[len(values) // 20], values[-1 - len(values) // 20]
+    between = torch.unique(values[(values >= low) & (values <= high)])
+    return len(between) < _MOST_FILLED * (float((high - low) / resolution) + 1.0)
 
 
 def _seen(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 r"""Which columns speak of which: a sparse directed graph found greedily, and the laws that it stands for.
 
-    log p(x) = Σ_j log p(x_j | x_{pa(j)})                                      a Bayesian network (Pearl 1988)        (1)
-    S = Σ_j [max log-likelihood of column j given its parents − c k_j]         k_j free parameters                    (2)
+    log p(x) = Σ_j log p(x_j | x_{pa(j)})                                a Bayesian network (Pearl 1988)        (1)
+    S = Σ_j [max log-likelihood of column j given its parents − c k_j]   k_j free parameters                    (2)
 
 The graph maximises (2) by adding, removing and turning round one edge at a time (Heckerman, Geiger & Chickering 1995,
 Machine Learning 20, 197-243, section 5), or, for a given order, by adding parents among the columns before
@@ -11,7 +11,7 @@ A column of categories has a table of its codes for every state of its parents. 
 their values that they fall into, and a missing parent has a state of its own.  A table is smoothed towards the one
 without the last parent, the first towards the column's marginal:
 
-    p_k(v | s) = (n(v, s) + a p_{k−1}(v | s′)) / (n(s) + a)                    a: highest leave-one-out likelihood    (3)
+    p_k(v | s) = (n(v, s) + a p_{k−1}(v | s′)) / (n(s) + a)              a: highest leave-one-out likelihood    (3)
 
 A numeric column is normal, with a mean linear in its numeric parents and in indicators of the states of the others.
 """
@@ -389,13 +389,6 @@ class Sketch(nn.Module):
                 start = int(self._first_state[self.coded.index(p)])  # type: ignore[operator]
                 self.effects[start + 1 : start + 1 + len(values), i] = torch.tensor(values, dtype=torch.float64)
         return math.sqrt(squares / max(n, 1))
-
-    @torch.no_grad()
-    def forget(self, number: int) -> None:
-        """Say nothing of a numeric column, the one at this place among them."""
-        for buffer in (self.slopes, self.effects, self.absent_effects):
-            buffer[:, number] = 0.0
-        self.constants[number] = 0.0
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers for the head, float64: log-probabilities ``(n, codes)`` and means ``(n, numeric columns)``.

@@ -10,21 +10,22 @@ Each member is trained on its own likelihood; the mixture (2) of normalised laws
 **Order and sketch.**  The law of a column given those before it is a *sketch*, counted and not trained, times what a
 network adds: logits = log p(x_j | x_pa(j)) + network(x_<j).  The sketch is a sparse graph of the columns with smoothed
 tables and linear regressions (:mod:`likely.inference.structure`), which gives the first member its order too; the
-network's output starts at zero, so that training begins at a Bayesian network and can only keep what the held-out rows
-confirm.
+network's output starts at zero, so that training begins at a Bayesian network and keeps what the held-out rows confirm.
+With any order the sketch is the joint normal law of the features (:mod:`likely.inference.normal`), whose conditionals
+are known for every set of cells.
 
-**Any order** (``order="any"``).  The network is not masked but told which cells are known: one network for all D! orders
+**Any order** (``order="any"``).  The network is not masked but told which cells are known: one for all D! orders
 (Uria, Murray & Larochelle 2014, arXiv 1310.1757; Hoogeboom et al. 2022, arXiv 2110.02037).  With d known cells drawn at
 random, the mean over the others of −D log p(x_j | known) is, in expectation, minus the mean of (1) over all orders:
 
     loss = E_d E_{known} D/(D − d) Σ_{j unknown} −log p(x_j | x_known)                       (ARDM, eq. 5)      (3)
 
-That mean is no likelihood of one model.  ``bound`` is: it evaluates (1) in ``orders`` fixed orders and mixes them by (2).
-What the network is for are conditionals: any cells given any others, for imputation and conditional draws.
+That mean is no likelihood of one model.  ``bound`` is: it evaluates (1) in ``orders`` fixed orders and mixes them by
+(2).  What the network is for are conditionals: any cells given any others, for imputation and conditional draws.
 
-**Missing cells** are information: a conditional sees that a cell before it is missing, and the missing cell is no factor
-of (1).  The bound is log p(observed cells | which cells are observed), so that values may depend on what is missing.
-With ``order="any"`` a missing cell is one that is not known, and training on rows with holes assumes nothing else of them.
+**Missing cells** are information: a conditional sees that a cell before it is missing, and the missing cell is no
+factor of (1).  The bound is log p(observed cells | which cells are observed), so that values may depend on what is missing.
+With ``order="any"`` a missing cell is one that is not known, and rows with holes are rows of which less is known.
 
 A column of very many categories is spelled as two, cluster and member of the cluster, p(v) = p(c) p(m | c) (Goodman
 2001, arXiv cs/0108006), so that memory is linear in its levels.
@@ -51,6 +52,7 @@ from likely.contract import (
     Integers,
     Loss,
     Model,
+    NoCodec,
     Reals,
     Space,
     Table,
@@ -60,8 +62,9 @@ from likely.contract import (
 )
 from likely.data.streaming import Reservoir
 from likely.distributions import Distribution, head, likelihoods
-from likely.distributions.heads import BernoulliHead, CategoricalHead, Head, TableHead
+from likely.distributions.heads import BernoulliHead, CategoricalHead, Head, TableDistribution, TableHead
 from likely.distributions.single import one_cell
+from likely.inference.normal import MOST_FEATURES, REACH, JointNormal
 from likely.inference.structure import Graph, Rows, Search, Sketch
 from likely.networks import Features, Linear, ResidualMLP, full_precision, make_activation
 from likely.networks.features import PiecewiseLinear
@@ -78,8 +81,14 @@ MOST_SKETCHED = 100
 SKETCH_ROWS, SKETCH_CELLS = 100_000, 10_000_000
 #: A column with more levels is spelled as two.
 MOST_LEVELS = 1024
-#: A numeric column with a larger share of atoms has no regression in the sketch.
-MOST_ATOMS = 0.2
+#: A numeric column with far outliers and a value of a larger share (beyond those around it) follows no normal guess.
+MOST_ATOM = 0.5
+#: Largest change of an atom's logit by a normal guess.
+_MOST_TILT = 6.0
+#: Rows to which the joint normal law is fitted.
+NORMAL_ROWS = 5000
+#: Least probability of a code, and least deviation of a number in standard units, that the joint normal law may guess.
+_LEAST_SHARE, _LEAST_DEVIATION = 0.005, 0.01
 #: Logit of a code that cannot be.
 _NEVER = -1e4
 
@@ -115,6 +124,8 @@ class Made(Model):
         parts: further features of a numeric cell: how far it has come through each of so many parts of its values.
         likelihood: ``auto`` or a name of :func:`likely.distributions.likelihoods`.
         likelihood_options: options of the likelihood's head, such as ``{"components": 5}``.
+        prior_scale: standard deviation, before any data, of the weights by which the network changes the sketch; the
+            loss has their log-density, spread over the training rows.  0 for none.
         order_seed: of the random orders.
 
     Raises:
@@ -129,6 +140,7 @@ class Made(Model):
     conditional = True
     #: A missing cell says something, so that rows with and without it have laws of their own.
     reads_holes = True
+    rows: Tensor
 
     def __init__(
         self,
@@ -145,6 +157,7 @@ class Made(Model):
         parts: int = 8,
         likelihood: str = "auto",
         likelihood_options: Mapping[str, Any] | None = None,
+        prior_scale: float = 0.03,
         order_seed: int = 0,
     ) -> None:
         super().__init__(space, condition)
@@ -163,7 +176,7 @@ class Made(Model):
         self.register_buffer("_working", torch.zeros(()), persistent=False)  # has the dtype of the arithmetic
         self._working: Tensor
 
-        learned = sketch and not self.any_order and space.dims <= MOST_SKETCHED
+        learned = sketch and space.dims <= MOST_SKETCHED
         generator = np.random.default_rng(order_seed)
         starts = []
         for k in range(orders):
@@ -173,7 +186,7 @@ class Made(Model):
             starts.append(self.spelling.order(start))
         options = dict(likelihood_options or {})
         if isinstance(self.spelling.inner, Table):
-            options = {"recall": True, **options}
+            options = {"recall": True, "atoms": 128, "atom_share": 0.001, **options}
         self.members = nn.ModuleList()
         for k, start in enumerate(starts[:1] if self.any_order else starts):
             self.members.append(
@@ -193,8 +206,11 @@ class Made(Model):
                     options=options,
                 )
             )
-        self.orders = orders
+        if not prior_scale >= 0.0:
+            raise ValueError(f"prior_scale: expected a number from 0 up, got {prior_scale}")
+        self.orders, self.prior_scale = orders, prior_scale
         self._any_orders = starts
+        self.register_buffer("rows", torch.zeros(()))
 
     # The bound -----------------------------------------------------------------------------------------------
 
@@ -229,7 +245,15 @@ class Made(Model):
             nats = self._any_order_nats(spelled, context, noise_or_global(noise, x)).mean()
         else:
             nats = self._cells(spelled, context).sum(2).mean()
-        return Loss(nats / -self.space.dims, {"cells": nats.detach()})
+        log = {"cells": nats.detach()}
+        if self.prior_scale and self.training and self.rows > 0:
+            nats = nats - self._squares() / (2.0 * self.prior_scale**2 * self.rows * len(self.members))
+        return Loss(nats / -self.space.dims, log)
+
+    def _squares(self) -> Tensor:
+        """Sum of the squares of the weights by which the networks change the sketches."""
+        weights = [weight for member in self._each() for weight in member.network.speaking()]
+        return torch.stack([weight.square().sum() for weight in weights]).sum()
 
     def _any_order_nats(self, x: Tensor, context: Tensor | None, noise: Noise) -> Tensor:
         """Minus equation (3) for one draw of d and of the known cells, of the observed ones: shape ``(batch,)``."""
@@ -298,6 +322,7 @@ class Made(Model):
         noise: Noise | None = None,
         draws: int = 0,
         samples: int = 50,
+        on_grid: bool = True,
     ) -> Tensor:
         """Missing cells filled from p(missing | observed, c); observed cells stay.
 
@@ -309,12 +334,13 @@ class Made(Model):
             draws: 0 for the single best values (mean of numbers, mode of codes), shape of ``x``; m for m multiple
                 imputations, shape ``(m, *x.shape)``.
             samples: walks of a row, for a fixed order.
+            on_grid: whether best values are brought to what their columns can hold; False leaves them the means.
         """
         noise, context = noise_or_global(noise, x), self._context(condition)
         spelled = self.spelling(x)
         if self.any_order:
             if not draws:
-                filled = [self._best(spelled, context)]
+                filled = [self._best(spelled, context, on_grid)]
             else:
                 filled = [self._walk(i % self.orders, spelled, context, noise) for i in range(draws)]
         else:
@@ -326,16 +352,19 @@ class Made(Model):
                 rows = torch.arange(len(x), device=x.device)
                 filled = [walks[chosen[:, i], rows] for i in range(draws)]
             else:
-                filled = [self._central(walks, torch.softmax(log_w, 1), spelled)]
+                filled = [self._central(walks, torch.softmax(log_w, 1), spelled, on_grid)]
         out = torch.stack([self.spelling.read(f).to(x.dtype) for f in filled])
         out = torch.where(torch.isnan(x), out, x)
         return out if draws else out[0]
 
-    def _best(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def _best(self, x: Tensor, context: Tensor | None, on_grid: bool) -> Tensor:
         """Best value of every unknown cell given the known ones; the parts of a split column one after the other."""
         filled = x
         for cells in self.spelling.rounds:
-            best = self._member(0).law(filled, context).best().to(x)
+            law = self._member(0).law(filled, context)
+            best = law.best().to(x)
+            if not on_grid and isinstance(law, TableDistribution) and law.mixture is not None:
+                best[:, law.numeric] = law.mixture.mean().to(x)
             missing = torch.isnan(filled)
             missing[:, [j for j in range(x.shape[1]) if j not in cells]] = False
             filled = torch.where(missing, best, filled)
@@ -356,7 +385,7 @@ class Made(Model):
             log_w.append(torch.where(seen, nats, 0.0).sum(1))
         return torch.stack(walks), torch.stack(log_w, 1)
 
-    def _central(self, walks: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    def _central(self, walks: Tensor, weights: Tensor, x: Tensor, on_grid: bool) -> Tensor:
         """Weighted mean of numbers and mode of codes over the walks, where x is unknown."""
         weights = weights.t()
         out = (weights.unsqueeze(2) * walks.nan_to_num(0.0)).sum(0)
@@ -365,7 +394,7 @@ class Made(Model):
                 votes = torch.zeros(len(x), levels, dtype=weights.dtype, device=x.device)
                 votes.scatter_add_(1, walks[:, :, j].t().long(), weights.t().contiguous())
                 out[:, j] = votes.argmax(1).to(out)
-        out = self.spelling.on_grid(out)
+        out = self.spelling.on_grid(out) if on_grid else out
         return torch.where(torch.isnan(x), out, x)
 
     def codec(
@@ -381,6 +410,10 @@ class Made(Model):
         from likely.exact import network
 
         rows.Rows(self.space)  # refuses spaces without a probability
+        if self._member(0).normal is not None:
+            raise NoCodec(
+                "the joint normal law of order='any' is solved in floating point; use sketch=False, or an order"
+            )
         exact = network(self)
         model = exact.module
         assert isinstance(model, Made)
@@ -409,22 +442,25 @@ class Made(Model):
             self.condition_features.initialise(batches, of_condition=True)
         spelled = _Spelled(batches, self.spelling)
         rows: Tensor | None = None
-        if any(member.sketch is not None for member in self._each()):
+        if any(member.sketch is not None or member.normal is not None for member in self._each()):
             reservoir = Reservoir(
                 min(SKETCH_ROWS, SKETCH_CELLS // len(self.spelling.source)), len(self.spelling.source)
             )
             for x, _ in spelled:
                 reservoir.add(x)
             rows = reservoir.rows()
+        self.rows.fill_(sum(len(x) for x, _ in batches))
         for member in self._each():
             member.initialise(spelled, rows)
 
     @classmethod
     def tiny(cls, space: Space, condition: Space | None = None) -> Made:
-        """Two members of different order and a few hidden units, with weights large enough that all of it matters."""
-        options = {"components": 2} if isinstance(space, Reals | Table) or likelihoods(space)[0] == "logistic" else {}
+        """A few hidden units, over levels two members, with weights large enough that all of it matters."""
+        options: dict[str, Any] = {"components": 2} if likelihoods(space)[0] == "logistic" else {}
+        options = {"components": 2, "atoms": 4} if isinstance(space, Reals | Table) else options
+        orders = 2 if isinstance(space, Integers) else 1
         model = cls(
-            space, condition, hidden=(6,), activation="tanh", dropout=0.0, orders=2, embedding_dim=2, parts=2,
+            space, condition, hidden=(4,), activation="tanh", dropout=0.0, orders=orders, embedding_dim=2, parts=2,
             likelihood_options=options,
         )  # fmt: skip
         model._spread()
@@ -548,7 +584,7 @@ class Spelling:
         return cells.reshape(len(cells), *self.space.shape)
 
     def order(self, cells: Sequence[int]) -> list[int]:
-        """The order of the flattened cells of the space as one of the rows: a split column's parts follow each other."""
+        """An order of the flattened cells of the space as one of the rows: parts of a column follow each other."""
         return [i for j in cells for i in range(len(self.source)) if self.source[i] == j] if self.split else list(cells)
 
     def on_grid(self, cells: Tensor) -> Tensor:
@@ -602,6 +638,9 @@ class _Member(nn.Module):
     """
 
     order: Tensor
+    follows: Tensor
+    left: Tensor
+    offsets: Tensor
 
     def __init__(
         self,
@@ -629,13 +668,25 @@ class _Member(nn.Module):
         self.parts = PiecewiseLinear(len(numeric), parts) if numeric and parts else None
         inputs = self.features.cell_of_feature() + [j for j in numeric for _ in range(parts)]
         self.head = _head(likelihood, space, options)
+        self.normal: JointNormal | None = None
+        if sketched and any_order and isinstance(self.head, TableHead):
+            normal = JointNormal(spelling.levels)
+            if 0 < len(normal.cell) <= MOST_FEATURES:
+                self.normal = normal
+                inputs = inputs + normal.cell + normal.cell
         outputs = self.head.cell_of_number()
         self.register_buffer("order", torch.tensor(list(order)))
         network: type[_MaskedNetwork | _KnowingNetwork] = _KnowingNetwork if any_order else _MaskedNetwork
-        self.network = network(inputs, outputs, context, hidden, activation, dropout)
+        self.network: _MaskedNetwork | _KnowingNetwork = network(inputs, outputs, context, hidden, activation, dropout)
         self.sketch: Sketch | None = None
-        if sketched and isinstance(self.head, TableHead | CategoricalHead | BernoulliHead):
+        if sketched and not any_order and isinstance(self.head, TableHead | CategoricalHead | BernoulliHead):
             self.sketch = Sketch(spelling.levels, isinstance(self.head, BernoulliHead))
+        if isinstance(self.head, TableHead):
+            #: which numeric columns follow a normal guess (shape (columns, 1)), what deviation the sketch leaves them,
+            #: and the means of the logistics that are nearly N(0, 1)
+            self.register_buffer("follows", torch.zeros(len(numeric), 1))
+            self.register_buffer("left", torch.ones(len(numeric)))
+            self.register_buffer("offsets", _normal_means(self.head.components), persistent=False)
         self._mask()
         self.register_load_state_dict_post_hook(lambda module, _: module._mask())
 
@@ -662,9 +713,16 @@ class _Member(nn.Module):
         h = self.features(shown, dtype)  # type: ignore[arg-type]
         if self.parts is not None:
             h = torch.cat([h, self.parts(x[:, self.numeric], dtype)], 1)
+        guess: Tensor | None = None
+        if self.normal is not None:
+            mean, deviation = self.normal(x.detach())
+            h = torch.cat([h, mean.to(dtype), deviation.to(dtype)], 1)
+            guess = self._guessed(self.normal, mean, deviation).to(dtype)
         numbers = full_precision(self.network(h, context))
         if self.sketch is not None:
             numbers = numbers + self._sketched(x).to(numbers.dtype)
+        if guess is not None:
+            numbers = numbers + guess
         return self.head(self._possible(x, numbers))
 
     def cell(self, x: Tensor, t: int, context: Tensor | None) -> Distribution:
@@ -676,10 +734,45 @@ class _Member(nn.Module):
         log_probs, means = self.sketch(x.detach())
         if not isinstance(self.head, TableHead) or not self.numeric:
             return log_probs
-        k = self.head.components
-        block = means.new_zeros(len(x), len(self.numeric), self.head.per_column)
-        block[:, :, k : 2 * k] = means.unsqueeze(2)
-        return torch.cat([log_probs, block.flatten(1)], 1)
+        return torch.cat([log_probs, self._following(self.head, means, self.left.to(means).expand_as(means))], 1)
+
+    def _following(self, head: TableHead, mean: Tensor, deviation: Tensor) -> Tensor:
+        """Numbers of the numeric columns that follow a normal guess: shape ``(n, columns · per_column)``.
+
+        The logistics become the normal law, and the logit of an atom v gets log N(v; mean, deviation²) − log N(v; 0, 1)
+        in standard units: what the guess makes of v beside what the column's marginal does.
+        """
+        k, count, atoms = head.components, len(self.numeric), head.atoms.shape[1]
+        follows = self.follows.to(mean).squeeze(1)
+        spread = deviation.clamp(min=_LEAST_DEVIATION)
+        means = (mean.unsqueeze(2) + spread.unsqueeze(2) * self.offsets.to(mean)) * follows.unsqueeze(1)
+        scales = (spread.log() * follows).unsqueeze(2).expand(-1, -1, k)
+        blank = mean.new_zeros(len(mean), count, k)
+        pieces = [blank, means, scales]
+        if atoms:
+            z = ((head.atoms - head.location.unsqueeze(1)) / head.unit.unsqueeze(1)).to(mean).clamp(-REACH, REACH)
+            away = (z - mean.unsqueeze(2)) / spread.unsqueeze(2)
+            tilt = 0.5 * z.square() - 0.5 * away.square() - spread.log().unsqueeze(2)
+            pieces.append(tilt.clamp(-_MOST_TILT, _MOST_TILT) * follows.unsqueeze(1))
+        if head.recall:
+            pieces.append(mean.new_zeros(len(mean), count, 1))
+        return torch.cat(pieces, 2).flatten(1)
+
+    def _guessed(self, normal: JointNormal, mean: Tensor, deviation: Tensor) -> Tensor:
+        """The normal law's guesses as numbers for the head: logits of codes, means and scales of numeric columns."""
+        head, count = self.head, len(normal.numeric)
+        assert isinstance(head, TableHead)
+        places = [count + i for i in range(len(normal.cell) - count)]
+        pieces, at = [], 0
+        for j, levels in zip(head.coded, head.levels):
+            if any(j == column for column, _ in normal.coded):
+                pieces.append(mean[:, places[at : at + levels]].clamp(_LEAST_SHARE, 1.0).log())
+                at += levels
+            else:
+                pieces.append(mean.new_zeros(len(mean), levels))
+        if count:
+            pieces.append(self._following(head, mean[:, :count], deviation[:, :count]))
+        return torch.cat(pieces, 1)
 
     def _possible(self, x: Tensor, numbers: Tensor) -> Tensor:
         """The numbers without the codes that cannot be: members that the last cluster does not have."""
@@ -704,6 +797,24 @@ class _Member(nn.Module):
         self.head.initialise(batches)
         if self.sketch is not None and rows is not None and len(rows):
             self._sketch(self.sketch, rows)
+        if self.normal is not None and rows is not None and len(rows):
+            self._begin_joint(self.normal, rows)
+
+    def _begin_joint(self, normal: JointNormal, rows: Tensor) -> None:
+        """Fit the joint normal law, and let the head begin at its guesses."""
+        head = self.head
+        assert isinstance(head, TableHead)
+        normal.fit(rows[:NORMAL_ROWS], head.location, head.unit)
+        bias = head.output.bias
+        assert isinstance(bias, Tensor)
+        guessed = {j for j, _ in normal.coded}
+        at = 0
+        for j, levels in zip(head.coded, head.levels):
+            if j in guessed:
+                bias[at : at + levels] = 0.0
+            at += levels
+        for i, row in enumerate(bias[at:].reshape(-1, head.per_column)):
+            self._follow(head, row, i, rows[:, self.numeric[i]])
 
     def _sketch(self, sketch: Sketch, cells: Tensor) -> None:
         location, unit = np.zeros(0), np.ones(0)
@@ -722,23 +833,52 @@ class _Member(nn.Module):
         coded = sum(levels if not sketch.binary else 1 for levels in self.spelling.levels if levels)
         bias[:coded] = 0.0
         if isinstance(self.head, TableHead) and self.numeric:
-            self._begin_normal(self.head, sketch, bias[coded:].reshape(len(self.numeric), -1), left)
+            self.left.copy_(torch.from_numpy(left))
+            for i, row in enumerate(bias[coded:].reshape(len(self.numeric), -1)):
+                self._follow(self.head, row, i, cells[:, self.numeric[i]])
 
-    def _begin_normal(self, head: TableHead, sketch: Sketch, bias: Tensor, left: Any) -> None:
-        """Let every numeric column without many atoms begin as the normal law that the sketch's regression left."""
-        k = head.components
-        for i, deviation in enumerate(left):
-            atoms = bias[i, 3 * k : 3 * k + head.atoms.shape[1]][head.has_atom[i]]
-            share = torch.softmax(torch.cat([bias[i, :k], atoms]), 0)[k:].sum()
-            if k not in _NORMAL or share > MOST_ATOMS:
-                sketch.forget(i)
-                continue
-            spacing, scale, v = _NORMAL[k]
-            means = spacing * (torch.arange(k, dtype=torch.float64) - (k - 1) / 2)
-            weights = torch.log_softmax(-means.square() / (2.0 * v), 0)
-            bias[i, :k] = weights + torch.logsumexp(bias[i, :k].double(), 0)
-            bias[i, k : 2 * k] = means * deviation
-            bias[i, 2 * k : 3 * k] = math.log(scale * deviation)
+    def _follow(self, head: TableHead, bias: Tensor, i: int, cells: Tensor) -> None:
+        """Let a numeric column follow a normal guess, unless most of it is one value and the rest is far away.
+
+        Its logistics begin as a normal law, its atoms with what they have beyond the values around them.
+        """
+        k, share = head.components, 0.0
+        self.follows[i] = 0.0
+        if k not in _NORMAL:
+            return
+        if head.atoms.shape[1] and head.has_atom[i].any():
+            beyond = _beyond(cells, head.atoms[i][head.has_atom[i]], float(head.resolution[i]), float(head.unit[i]))
+            far = (cells[~torch.isnan(cells)] - head.location[i].cpu()).abs().max() / head.unit[i].cpu()
+            if beyond.max() > MOST_ATOM and far > REACH:
+                return
+            bias[3 * k : 3 * k + head.atoms.shape[1]][head.has_atom[i]] = beyond.log().to(bias)
+            share = float(beyond.sum())
+        if head.recall and head.recalled_sizes[i] > 0:
+            share += float(bias[-1].exp())
+        _, scale, v = _NORMAL[k]
+        weights = torch.log_softmax(-_normal_means(k).square() / (2.0 * v), 0)
+        bias[:k] = weights + math.log(max(1.0 - share, 0.05))
+        bias[k : 2 * k] = 0.0
+        bias[2 * k : 3 * k] = math.log(scale)
+        self.follows[i] = 1.0
+
+
+def _beyond(cells: Tensor, atoms: Tensor, step: float, unit: float) -> Tensor:
+    """Share of the cells that each atom has beyond the values around it, within a quarter of a deviation; positive."""
+    values = cells[~torch.isnan(cells)].to(atoms)
+    reach = max(1, round(0.25 * unit / step))
+    excess = []
+    for atom in atoms:
+        distance = ((values - atom) / step).round().abs()
+        around = ((distance <= reach) & (distance > 0)).double().mean() / (2 * reach)
+        excess.append((distance == 0).double().mean() - around)
+    return torch.stack(excess).clamp(min=1e-4)
+
+
+def _normal_means(k: int) -> Tensor:
+    """Means of the K logistics that are nearly N(0, 1)."""
+    spacing = _NORMAL[k][0] if k in _NORMAL else 0.0
+    return spacing * (torch.arange(k, dtype=torch.float64) - (k - 1) / 2)
 
 
 def _head(likelihood: str, space: Space, options: dict[str, Any]) -> Head:
@@ -791,6 +931,10 @@ class _MaskedNetwork(nn.Module):
         self.output.set_degrees(self.degrees[-1], leaving)
         self.skip.set_degrees(entering, leaving)
 
+    def speaking(self) -> list[Tensor]:
+        """The weights by which it changes what it is added to."""
+        return [self.output.weight, self.skip.weight]
+
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         h = self.first(x)
         if self.context is not None:
@@ -816,7 +960,13 @@ class _KnowingNetwork(nn.Module):
         super().__init__()
         self.body = ResidualMLP(len(inputs) + context, hidden, activation, dropout)
         self.output = Linear(self.body.out_features, len(outputs), bias=False)
+        self.skip = Linear(len(inputs), len(outputs), bias=False)
         nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.skip.weight)
+
+    def speaking(self) -> list[Tensor]:
+        """The weights by which it changes what it is added to."""
+        return [self.output.weight, self.skip.weight]
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        return self.output(self.body(x if context is None else torch.cat([x, context], 1)))
+        return self.output(self.body(x if context is None else torch.cat([x, context], 1))) + self.skip(x)
