@@ -18,6 +18,7 @@ makes the variational lossy autoencoder's (Chen et al. 2017, arXiv 1611.02731).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,7 +77,7 @@ class VAE(Model):
             vectors, which learn nothing from it (latent diffusion, Rombach et al. 2021, arXiv 2112.10752); otherwise
             all are trained on the bound (Vahdat et al. 2021, arXiv 2106.05931).  The bound is the same.
         posterior: ``normal``, or the name of a flow, such as ``iaf``, through which the normal is pushed.
-        posterior_options: options of the flow, such as ``{"steps": 4}``.
+        posterior_options: options of the flow, such as ``{"transforms": 4}``; its tails are normal unless they say else.
         samples: k of the bound and of the training objective.
         kl_warmup: training steps over which the loss raises the weight of the KL from 0 to 1; the bound never does.
         free_bits: nats that each latent dimension may cost in the loss without a penalty (Kingma et al. 2016,
@@ -560,7 +561,11 @@ def _flow(posterior: str, latent_dim: int, context: int, options: Mapping[str, A
         return None
     from likely.models import find
 
-    model = find(posterior)(Reals((latent_dim,)), Reals((context,)), **dict(options or {}))
+    cls = find(posterior)
+    chosen = dict(options or {})
+    if "tails" in inspect.signature(cls).parameters:
+        chosen.setdefault("tails", "normal")  # heavy ones would draw z far from where any decoder has been
+    model = cls(Reals((latent_dim,)), Reals((context,)), **chosen)
     bijection = getattr(model, "bijection", None)
     if not isinstance(bijection, Bijection):
         raise Unsupported(f"posterior: expected 'normal' or the name of a flow, such as 'iaf', got {posterior!r}")
