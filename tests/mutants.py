@@ -23,6 +23,7 @@ import torch
 
 import likely.evaluation.heldout as heldout
 import likely.models.vae as vae
+import test_bijections as of_bijections
 import test_denoisers as of_denoisers
 import test_diffusion as of_diffusion
 import test_distillation as of_distillation
@@ -30,6 +31,7 @@ import test_glow as of_glow
 import test_masked_diffusion as of_masked_diffusion
 import test_transformer as of_transformer
 from likely import units
+from likely.bijections import LU, ActNorm, Affine, Logistics, Permutation, Planar, Spline
 from likely.bijections.multiscale import GaussianPrior, MultiScale
 from likely.checks import check_model
 from likely.coding import staircase
@@ -46,18 +48,21 @@ from likely.distributions.counts import NegativeBinomial
 from likely.distributions.logistic import GridLogisticMixture
 from likely.distributions.normal import Normal
 from likely.evaluation import sequences
+from likely.models._flow import Flow as FlowOverCells
 from likely.models.dequantised import Dequantised
 from likely.models.gaussian import Gaussian, _Full
 from likely.models.glow import Glow, GlowStep
 from likely.models.independent import Independent
 from likely.models.masked_diffusion import MaskedDiffusion
 from likely.models.mixture import Mixture
+from likely.models.nsf import NSF
 from likely.models.transformer import Transformer
 from likely.models.vae import VAE
 from likely.models.vdm import VDM
 from likely.networks import normconv, winograd
 from likely.networks.attention import Attention
 from likely.networks.features import Features
+from likely.networks.masked import MaskedLinear, MaskedMLP
 from likely.networks.transformer import TransformerLayers
 from likely.networks.unet import Double, ResidualBlock
 from toy_models import Autoregressive, Diffusion, Flow
@@ -902,6 +907,118 @@ MUTANTS = [
         "_draws",
         "log_q - log_det",
         "log_q + log_det",
+    ),
+    Mutant(
+        "log-det left out",
+        told(of_bijections.test_volume_is_that_of_autograd, "actnorm"),
+        ActNorm,
+        "forward",
+        "_everywhere(self.log_scale.sum(), x)",
+        "_everywhere(0.0 * self.log_scale.sum(), x)",
+    ),
+    Mutant(
+        "log-det with the sign of the other direction",
+        told(of_bijections.test_volume_is_that_of_autograd, "affine"),
+        Affine,
+        "forward",
+        "log_slope.exp(), log_slope",
+        "log_slope.exp(), -log_slope",
+    ),
+    Mutant(
+        "log-det of the way back as of the way there",
+        told(of_bijections.test_inverse_comes_back_with_the_opposite_volume, "actnorm"),
+        ActNorm,
+        "inverse",
+        "_everywhere(-self.log_scale.sum(), z)",
+        "_everywhere(self.log_scale.sum(), z)",
+    ),
+    Mutant(
+        "mean of the diagonal for its sum",
+        told(of_bijections.test_volume_is_that_of_autograd, "LU"),
+        LU,
+        "log_det",
+        ".sum()",
+        ".mean()",
+    ),
+    Mutant(
+        "mask that leaks",
+        told(of_bijections.test_masked_network_is_triangular_and_walks_to_the_same_numbers, (9, 6), 2, False),
+        MaskedLinear,
+        "set_degrees",
+        "columns <= rows",
+        "columns <= rows + 1",
+    ),
+    Mutant(
+        "walk that forgets the order",
+        told(of_bijections.test_masked_network_is_triangular_and_walks_to_the_same_numbers, (9, 6), 2, False),
+        MaskedMLP,
+        "walk",
+        "weights[0][:, self.order]",
+        "weights[0]",
+    ),
+    Mutant(
+        "walk that forgets the residual",
+        told(of_bijections.test_masked_network_is_triangular_and_walks_to_the_same_numbers, (7, 7, 7), 2, True),
+        MaskedMLP,
+        "walk",
+        "if self.residual and i:",
+        "if False:",
+    ),
+    Mutant(
+        "context masked out",
+        told(of_bijections.test_the_context_matters_and_is_asked_for, "autoregressive of one cell, given"),
+        MaskedMLP,
+        "forward",
+        "h = h + self.context(context)",
+        "h = h + 0.0 * self.context(context)",
+    ),
+    Mutant(
+        "tail with another slope than the box",
+        told(of_bijections.test_a_transform_increases_with_a_continuous_slope, "spline"),
+        Spline,
+        "_curve",
+        "torch.where(outside, x, y0 + rise)",
+        "torch.where(outside, inside + 1.3 * (x - inside), y0 + rise)",
+    ),
+    Mutant(
+        "planar map that is not kept invertible",
+        told(of_bijections.test_volume_is_that_of_autograd, "planar"),
+        Planar,
+        "_pieces",
+        "(kept - along)",
+        "0.0 * (kept - along)",
+    ),
+    Mutant(
+        "bracket that does not hold the root",
+        told(of_bijections.test_inverse_comes_back_with_the_opposite_volume, "logistics"),
+        Logistics,
+        "inverse",
+        "ends.amin(0), ends.amax(0)",
+        "ends.amin(0), ends.mean(0)",
+    ),
+    Mutant(
+        "permutation undone by itself",
+        told(of_bijections.test_inverse_comes_back_with_the_opposite_volume, "permutation"),
+        Permutation,
+        "inverse",
+        "self.back",
+        "self.order",
+    ),
+    Mutant(
+        "standard units without their volume",
+        contract("total_mass", NSF, PLANE),
+        FlowOverCells,
+        "_log_units",
+        "- self.unit.log()",
+        "- 0.0 * self.unit.log()",
+    ),
+    Mutant(
+        "grid without its spacing",
+        contract("total_mass", NSF, Table(columns=(Column("size", "real", resolution=0.5),))),
+        FlowOverCells,
+        "_log_units",
+        "self.spacing, 1.0",
+        "1.0 + self.spacing, 1.0",
     ),
 ]
 
