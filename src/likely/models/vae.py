@@ -77,7 +77,7 @@ class VAE(Model):
             vectors, which learn nothing from it (latent diffusion, Rombach et al. 2021, arXiv 2112.10752); otherwise
             all are trained on the bound (Vahdat et al. 2021, arXiv 2106.05931).  The bound is the same.
         posterior: ``normal``, or the name of a flow, such as ``iaf``, through which the normal is pushed.
-        posterior_options: options of the flow, such as ``{"transforms": 4}``; its tails are normal unless they say else.
+        posterior_options: options of the flow, such as ``{"transforms": 4}``; by default its tails are normal.
         samples: k of the bound and of the training objective.
         kl_warmup: training steps over which the loss raises the weight of the KL from 0 to 1; the bound never does.
         free_bits: nats that each latent dimension may cost in the loss without a penalty (Kingma et al. 2016,
