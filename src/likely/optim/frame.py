@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -165,10 +165,10 @@ class UpdateRule(Optimizer):
         dtype = precision_of(parameter.dtype)
         return {name: torch.full_like(parameter, value, dtype=dtype) for name, value in self.moments(group).items()}
 
-    def update(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor] | tuple[list[Tensor], ...]:
+    def update(self, bucket: Bucket, group: dict[str, Any]) -> Sequence[Tensor] | Sequence[Sequence[Tensor]]:
         """What the parameters lose, in units of the learning rate; the state in ``bucket`` becomes the new one.
 
-        A tuple holds the terms of it, which the parameters lose one after another (a rounding each).
+        It may be given in terms, each a sequence of tensors, which the parameters lose one after another.
         """
         raise NotImplementedError
 
@@ -301,9 +301,9 @@ class UpdateRule(Optimizer):
         if not elementwise:
             bucket.gradients = [whole(g, handle) for g, handle in zip(bucket.gradients, bucket.handles)]
         update = self.update(bucket, group)
-        terms = update if isinstance(update, tuple) else (update,)
+        terms: Sequence[Sequence[Tensor]] = [update] if isinstance(update[0], Tensor) else update  # type: ignore
         if not elementwise:
-            terms = tuple([part(u, handle) for u, handle in zip(term, bucket.handles)] for term in terms)
+            terms = [[part(u, handle) for u, handle in zip(term, bucket.handles)] for term in terms]
         if weight_decay and group["decay"] != "l2":  # θ ← θ − (α_t or η_t) λ θ
             factor = 1 - rate * (weight_decay if group["decay"] == "lr" else weight_decay / group["initial_lr"])
             torch._foreach_mul_(values, factor)
