@@ -125,7 +125,7 @@ def table(content: dict[str, Any]) -> list[str]:
         "",
         "Bound: bits/dim of the T-step chain on the 400 test digits, ± standard error.  Distance: sliced Wasserstein",
         "distance, in grey levels, of DDIM samples in T steps to the test digits; that of the training digits is",
-        f"{content['floor']:.3f}.  The teacher has {content['continuous_bits_per_dim']:.3f} bits/dim in continuous time;",
+        f"{content['floor']:.3f}.  The teacher has {content['continuous_bits_per_dim']:.3f} bits/dim in the limit;",
         "undistilled is its network as a chain of T steps.  Written by `papers/distillation.py`.",
         "",
         "| T | bound, undistilled | bound, student | distance, undistilled | distance, student |",
