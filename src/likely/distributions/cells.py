@@ -27,6 +27,11 @@ _EMBEDDING = 32
 class Alphabet(nn.Module):
     """Cells that share one alphabet: binary, integers, tokens.
 
+    >>> cells = Alphabet(Tokens(5, 4), width=8)
+    >>> tokens = cells.read(torch.tensor([[0, 3, 1, 2, 0]]))
+    >>> tokens.shape, cells.log_probs(torch.zeros_like(tokens), torch.zeros(1, 5)).exp()
+    (torch.Size([1, 5, 8]), tensor([[0.2500, 0.2500, 0.2500, 0.2500, 0.2500]], grad_fn=<ExpBackward0>))
+
     Args:
         space: of the examples.
         width: of a token.
@@ -86,6 +91,11 @@ class Columns(nn.Module):
 
     A column that may have holes also has a law of whether its cell is there.  The last column is never read: there is
     none after it.
+
+    >>> from likely.contract import Column
+    >>> cells = Columns(Table(columns=(Column("town", "categorical", levels=3), Column("age", "integer"))), width=8)
+    >>> cells.read(torch.tensor([[2.0]])).shape, cells.log_probs(torch.zeros(1, 2, 8), torch.tensor([[2.0, 7.0]])).shape
+    (torch.Size([1, 1, 8]), torch.Size([1, 2]))
 
     Args:
         space: the table.

@@ -26,6 +26,11 @@ def running_nats(model: Model, text: Tensor, stride: int, condition: Tensor | No
 
     Raises:
         ValueError: the model does not predict symbols from left to right, or the text is too short.
+
+    >>> from likely.models.transformer import Transformer
+    >>> model = Transformer(Tokens(4, 3), width=16, layers=1).eval()
+    >>> running_nats(model, torch.tensor([0, 1, 2, 0, 1, 1]), stride=2).shape
+    torch.Size([6])
     """
     space = model.space
     if not isinstance(space, Tokens) or not getattr(model, "causal", False):
