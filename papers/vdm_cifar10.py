@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     folder, dry = os.environ.get("LIKELY_DATA"), arguments.dry_run
+    if dry:
+        torch.set_num_threads(1)
     if dry and not folder:
         train_set, valid_set, test_set = pretend(16)
     else:
