@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import subprocess
@@ -108,6 +109,21 @@ def test_what_one_route_gets_wrong_another_finds(
     with pytest.raises(Irreproducible, match="decode otherwise when products are computed in another way"):
         fitted.compress(rows, tmp_path / "b.lk", workers=1)
     assert not (tmp_path / "b.lk").exists()
+
+
+def test_a_file_outlives_an_option_that_its_model_gets_later(
+    fitted: likely.Fitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option with its default leaves the fingerprint as it was; another value does not."""
+    model, before = fitted.model, archive._fingerprint(fitted.model, fitted.schema)
+    described, signature = models.describe(model), inspect.signature(type(model))
+    novel = inspect.Parameter("novel", inspect.Parameter.KEYWORD_ONLY, default=(1, 2))
+    later = signature.replace(parameters=[*signature.parameters.values(), novel])
+    monkeypatch.setattr(type(model), "__signature__", later, raising=False)
+    for value, same in (([1, 2], True), ([1, 3], False)):
+        told = {**described, "options": {**described["options"], "novel": value}}
+        monkeypatch.setattr(models, "describe", lambda _, told=told: told)
+        assert (archive._fingerprint(model, fitted.schema) == before) == same
 
 
 @pytest.mark.parametrize("workers", [1, 2])

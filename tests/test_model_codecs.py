@@ -31,9 +31,11 @@ from likely.coding.normals import (
     of_present,
 )
 from likely.coding.rows import Rows
+from likely.coding.sequential import Fine
 from likely.coding.staircase import CountLaws, Line, Part, Staircases, counts, numbers
 from likely.coding.tables import logistic
 from likely.contract import Binary, Column, Counts, Integers, Model, NoCodec, Reals, Space, Table, Tokens
+from likely.models import find
 from likely.models.gaussian import Gaussian
 from likely.models.independent import Independent
 from likely.models.mixture import Mixture
@@ -393,3 +395,24 @@ def test_factors_and_sums_of_a_fixed_order() -> None:
     for n in (1, 2, 7, 64, 100):
         terms = g.normal(size=(n, 2))
         assert fixed_sum(terms) == pytest.approx(terms.sum(0))
+
+
+@pytest.mark.parametrize("network", ["conv", "mlp"])
+def test_narrow_logistics_are_computed_finely_and_wide_ones_are_not(network: str) -> None:
+    """A logistic narrower than a level must lie within a small part of it; exact32 alone would put it beside."""
+    hidden = [4, 8, 16] if network == "conv" else [16]
+    model = find("vae")(Integers((1, 8, 8), 256), network=network, hidden=hidden, latent_dim=3, likelihood="logistic")
+    model.initialise([(torch.randint(0, 256, (64, 1, 8, 8)), None)])
+    z = torch.randn(20, 3)
+    errors = {}
+    for shift in (0.0, -5.0):
+        with torch.no_grad():
+            (bias,) = (p for name, p in model.likelihood_head.named_parameters() if name.endswith("bias"))
+            bias.view(-1, 9)[:, 6:] += shift
+            law = model.eval().likelihood(z, None)
+        codec = model.codec()
+        reproduced = codec._network.run(codec._likelihood, z, None)
+        errors[shift] = (reproduced.means - law.means).abs().max().item()
+        fine = any(isinstance(module, Fine) for module in codec._network.module.modules())
+        assert fine == (shift < 0) == bool((law.log_scales < -4.9).float().mean() > 0.5)
+    assert errors[-5.0] < 2e-4 and errors[-5.0] < 0.3 * errors[0.0]

@@ -8,6 +8,7 @@ What is decoded is held against digests of every chunk and of the original; a fi
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import struct
@@ -695,9 +696,24 @@ def _tensors(model: Model) -> dict[str, Tensor]:
 
 
 def _fingerprint(model: Model, schema: Schema) -> str:
-    """Of weights, options and schema, and of what this version makes of them: 128 bits in hexadecimal."""
-    config = {"model": models.describe(model), "schema": schema.to_json()}
+    """Of weights, options and schema, and of what this version makes of them: 128 bits in hexadecimal.
+
+    Options that have their default are left out, so that a file outlives the options that its model gets later.
+    """
+    config = {"model": _chosen(models.describe(model)), "schema": schema.to_json()}
     return fingerprint(_tensors(model), config, CODING)[:32]
+
+
+def _chosen(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a model without the options that are as its class has them; of models among them too."""
+    defaults = inspect.signature(models.find(described["model"])).parameters
+    chosen = {}
+    for name, value in described["options"].items():
+        if isinstance(value, dict) and {"model", "space", "options"} <= value.keys():
+            chosen[name] = _chosen(value)
+        elif value != json.loads(json.dumps(defaults[name].default, default=repr)):
+            chosen[name] = value
+    return {**described, "options": chosen}
 
 
 def _json(schema: Schema) -> bytes:

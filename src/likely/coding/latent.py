@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from likely.coding.bits_back import BitsBack
 from likely.coding.categories import Tables, TabulatedCells
@@ -17,10 +17,12 @@ from likely.coding.codec import Codec, Mapped, ModelCodec
 from likely.coding.distributions import codec_of
 from likely.coding.intervals import NormalCells
 from likely.coding.rows import Rows, spare_at_most
-from likely.coding.stack import Integers, Stack
+from likely.coding.sequential import Fine
+from likely.coding.stack import Integers, Stack, initial_words
 from likely.contract import Space
-from likely.distributions import Distribution, Normal
+from likely.distributions import DiscretizedLogisticMixture, Distribution, Normal
 from likely.exact import Network
+from likely.exact.functions import log
 
 #: The grid of the latent values: z = i · SPACING within ± BOUND.
 SPACING, BOUND = 2.0**-8, 16.0
@@ -104,6 +106,40 @@ def _standard_normal() -> Tables:
     starts = cells.cdf(np.arange(cells.cells + 1)[:, None])[:, 0]
     starts *= float((1 << MOST_PRECISION) - cells.cells)
     return Tables((np.floor(starts).astype(np.int64) + np.arange(cells.cells + 1))[None])
+
+
+#: Vectors of latent values that are looked at, and one in how many scales may be narrow.
+_LOOKS, _FEW = 32, 100
+
+
+def narrow_levels(network: Network, likelihood: Callable[[Tensor, Tensor | None], Distribution], latent: int) -> bool:
+    """Whether many of the logistics over levels are narrower than a level: then exact32 would put them beside it.
+
+    Looks at fixed latent values, each a sum of twelve even numbers, in reproducible arithmetic: so encoder and decoder
+    agree.
+    """
+    words = initial_words(0, 12 * _LOOKS * latent).reshape(12, _LOOKS, latent)
+    z = np.rint((words.sum(0, dtype=np.uint64) * 2.0**-32 - 6.0) / SPACING) * SPACING
+    law = network.run(likelihood, torch.from_numpy(z).float().to(network.device), None)
+    if not isinstance(law, DiscretizedLogisticMixture):
+        return False
+    width = -float(log(np.array([0.5 * (law.levels - 1)]))[0])
+    return int((law.log_scales < width).sum()) * _FEW > law.log_scales.numel()
+
+
+def refine(rules: nn.Module, original: nn.Module) -> None:
+    """Compute head and last stage of the decoder in ``exact64``: the whole decoder, where it has no stages.
+
+    Args:
+        rules: the model in ``exact32``, changed in place.
+        original: the model.
+    """
+    head, decoder = ("likelihood_head", "output"), ("decoder",)
+    paths = [head, decoder]
+    if hasattr(original.decoder, "stages"):
+        paths = [head, (*decoder, "stages", str(len(original.decoder.stages) - 1)), (*decoder, "final")]
+    for *path, name in paths:
+        setattr(rules.get_submodule(".".join(path)), name, Fine(original.get_submodule(".".join((*path, name)))))
 
 
 class _Batch:

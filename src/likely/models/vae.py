@@ -48,7 +48,7 @@ from likely.contract import (
 )
 from likely.distributions import Distribution, Normal, head, likelihoods
 from likely.distributions.categorical import sample_categories
-from likely.distributions.heads import TableHead
+from likely.distributions.heads import LogisticMixtureHead, TableHead
 from likely.networks import Features, Linear, decoder, encoder, full_precision
 from likely.noise import Noise
 
@@ -399,7 +399,7 @@ class VAE(Model):
                 "model 'vae' with a flow as its posterior has no codec: bits-back draws z from q(z | x) cell by cell, "
                 "and the flow gives its density along whole vectors only; fit it with posterior=normal to compress"
             )
-        from likely.coding.latent import BOUND, SPACING, LatentCodec
+        from likely.coding.latent import BOUND, SPACING, LatentCodec, narrow_levels, refine
         from likely.coding.rows import Rows
         from likely.exact import network
 
@@ -408,11 +408,19 @@ class VAE(Model):
         exact = network(self)
         vae = exact.module
         assert isinstance(vae, VAE)
+
+        def likelihood(z: Tensor, condition: Tensor | None) -> Distribution:
+            return vae.likelihood(z, vae._context(condition))
+
+        if isinstance(self.likelihood_head, LogisticMixtureHead) and (
+            self.condition is not None or narrow_levels(exact, likelihood, self.latent_dim)
+        ):
+            refine(vae, self)
         return LatentCodec(
             self.space,
             exact,
             lambda x, condition: vae.posterior(x, vae._context(condition)),
-            lambda z, condition: vae.likelihood(z, vae._context(condition)),
+            likelihood,
             prior,
             self.latent_dim,
             spare_bits,
