@@ -28,6 +28,7 @@ import test_denoisers as of_denoisers
 import test_diffusion as of_diffusion
 import test_distillation as of_distillation
 import test_glow as of_glow
+import test_made as of_made
 import test_masked_diffusion as of_masked_diffusion
 import test_transformer as of_transformer
 from likely import units
@@ -45,7 +46,7 @@ from likely.diffusion import bound, distillation, levels, likelihood, parameteri
 from likely.diffusion.data import TableData
 from likely.distributions import logistic
 from likely.distributions.counts import NegativeBinomial
-from likely.distributions.logistic import GridLogisticMixture
+from likely.distributions.logistic import GridLogisticMixture, Recalled
 from likely.distributions.normal import Normal
 from likely.evaluation import sequences
 from likely.models._flow import Flow as FlowOverCells
@@ -53,6 +54,7 @@ from likely.models.dequantised import Dequantised
 from likely.models.gaussian import Gaussian, _Full
 from likely.models.glow import Glow, GlowStep
 from likely.models.independent import Independent
+from likely.models.made import Made, _MaskedNetwork, _Member
 from likely.models.masked_diffusion import MaskedDiffusion
 from likely.models.mixture import Mixture
 from likely.models.nsf import NSF
@@ -1019,6 +1021,55 @@ MUTANTS = [
         "_log_units",
         "self.spacing, 1.0",
         "1.0 + self.spacing, 1.0",
+    ),
+    # MADE
+    Mutant(
+        "MADE: a cell sees itself",
+        told(of_made.test_a_cell_sees_the_cells_before_it_and_no_other, "given"),
+        _MaskedNetwork,
+        "mask",
+        "leaving = [place[j] for j in self.outputs]",
+        "leaving = [place[j] + 1 for j in self.outputs]",
+    ),
+    Mutant(
+        "MADE: a cell does not see the one before it",
+        told(of_made.test_a_cell_sees_the_cells_before_it_and_no_other, "given"),
+        _MaskedNetwork,
+        "mask",
+        "entering = [place[j] + 1 for j in self.inputs]",
+        "entering = [place[j] + 2 for j in self.inputs]",
+    ),
+    Mutant(
+        "MADE: members averaged as logarithms",
+        told(of_made.test_members_are_mixed_as_probabilities),
+        Made,
+        "bound",
+        "torch.logsumexp(cells.sum(2), 0) - math.log(self.orders)",
+        "cells.sum(2).mean(0)",
+    ),
+    Mutant(
+        "MADE: the ensemble's log K dropped",
+        contract("total_mass", Made, IMAGE),
+        Made,
+        "bound",
+        "- math.log(self.orders)",
+        "",
+    ),
+    Mutant(
+        "MADE: a value recalled from its own count",
+        told(of_made.test_recalled_values_are_left_out_of_their_own_law),
+        Recalled,
+        "log_prob",
+        "times, total = (times - 1.0).clamp(min=0.0), total - 1.0",
+        "total = total - 1.0",
+    ),
+    Mutant(
+        "MADE: members of a cluster that are not there",
+        told(of_made.test_a_column_of_many_codes_is_two_and_its_masses_sum_to_one),
+        _Member,
+        "_possible",
+        "never = last &",
+        "never = ~last & last &",
     ),
 ]
 

@@ -71,6 +71,8 @@ def test_a_cell_sees_the_cells_before_it_and_no_other(order: str | list[int]) ->
         changed[:, t] = (x[:, t] + 1) % 2 if t in (0, 3) else x[:, t] + 3.0
         for other in (changed, x.clone().index_fill_(1, torch.tensor([t]), math.nan)):
             moved = (model.column_nats(other) - before).abs().amax(0)
+            own = [model._member(0).cell(rows, t, None).log_prob(x[:, t : t + 1]) for rows in (x, other)]
+            assert torch.equal(*own), "a cell sees itself"
             assert all(moved[s] == 0 for s in places[:place]), "a cell sees one that comes later"
             assert all(moved[s] > 1e-6 for s in places[place + 1 :]), "a cell does not see one that comes before"
 

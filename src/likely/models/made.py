@@ -24,7 +24,7 @@ That mean is no likelihood of one model.  ``bound`` is: it evaluates (1) in ``or
 (2).  What the network is for are conditionals: any cells given any others, for imputation and conditional draws.
 
 **Missing cells** are information: a conditional sees that a cell before it is missing, and the missing cell is no
-factor of (1).  The bound is log p(observed cells | which cells are observed), so that values may depend on what is missing.
+factor of (1).  The bound is log p(observed cells | which are observed), so that values may depend on what is missing.
 With ``order="any"`` a missing cell is one that is not known, and rows with holes are rows of which less is known.
 
 A column of very many categories is spelled as two, cluster and member of the cluster, p(v) = p(c) p(m | c) (Goodman
