@@ -13,6 +13,7 @@ import torch
 from scipy.stats import multivariate_normal, norm
 from torch import Tensor
 
+import likely
 from likely.bijections import Affine
 from likely.bijections.multiscale import ChannelCoupling, GaussianPrior, MultiScale, Squeeze, level_shapes
 from likely.contract import Binary, Bound, Column, Counts, Integers, Model, NoCodec, Reals, Space, Table, Unsupported
@@ -410,3 +411,20 @@ def test_recipe_runs_dry(recipe: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| paper" in done.stdout
+
+
+# Faces -----------------------------------------------------------------------------------------------------------
+
+
+def test_report_and_samples_of_a_fitted_glow(tmp_path: Path) -> None:
+    x = torch.randint(0, 5, (160, 1, 4, 4), generator=torch.Generator().manual_seed(0)).numpy()
+    fitted = likely.fit(x, model="glow", levels=1, width=4, batch_size=16, epochs=1, progress=False)
+    cold = fitted.sample(3, seed=1, temperature=0.0)
+    assert np.array_equal(cold[0], cold[1])
+    assert not np.array_equal(fitted.sample(3, seed=1)[0], cold[0])
+    page = fitted.report(tmp_path / "report.html").read_text(encoding="utf-8")
+    for heading in ("Samples at reduced temperature", "Paths in the latent space"):
+        assert f"<h2>{heading}</h2>" in page
+    other = likely.fit(x, model="independent", progress=False)
+    with pytest.raises(ValueError, match=r"draws at temperature 1, got 0\.5"):
+        other.sample(3, temperature=0.5)

@@ -56,7 +56,7 @@ from likely.data.sequences import SequenceForm
 from likely.data.sources import EMBEDDED, Source, recognise
 from likely.data.tables import TableForm
 from likely.data.weights import read_weights, weighted_rows
-from likely.evaluation import Evaluation, column_nats, evaluate, held_out, tail_probability
+from likely.evaluation import Evaluation, column_nats, evaluate, held_out, interpolate, tail_probability
 from likely.evaluation.anomaly import AnomalyScale
 from likely.evaluation.heldout import ExampleNoise, default_batch_size, device_batches, evaluating
 from likely.evaluation.synthetic import Measure, compare_samples, pair_scores
@@ -79,6 +79,8 @@ REFERENCE_EXAMPLES = 10_000
 _COLUMNS = "columns."
 #: Held-out examples that a report draws on.
 REPORTED_EXAMPLES = 2_000
+#: Temperatures at which a report shows samples of a flow over images.
+SHOWN_TEMPERATURES = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -801,6 +803,7 @@ class Fitted:
             pairs=pairs,
             reconstructions=self._reconstructions(x, condition),
             embedding=self._encode(shown).numpy() if self.model.can("encode") else None,
+            sheets=self._sheets(x, condition, seed),
         )
         return write_report(path, content)
 
@@ -834,6 +837,21 @@ class Fitted:
         if isinstance(self.schema.space, (Table, Tokens)):
             return self.schema.to_user(x, condition)
         return x.numpy()
+
+    def _sheets(self, x: Tensor, condition: Tensor | None, seed: int) -> list[tuple[str, str, np.ndarray]]:
+        """Of a flow over images: samples at several temperatures, and paths between examples in the latent space."""
+        if not self.model.tempered or len(x) < 8 or len(self.schema.space.shape) not in (2, 3):
+            return []
+        given = None if condition is None else condition[:12]
+        drawn = [self._draw(len(x[:12]), given, seed, temperature).numpy() for temperature in SHOWN_TEMPERATURES]
+        shown = ", ".join(f"{temperature:g}" for temperature in SHOWN_TEMPERATURES)
+        said = f"Temperatures {shown}, from above; the same noise in each column."
+        sheets = [("Samples at reduced temperature", said, np.stack(drawn))]
+        if self.model.can("encode") and self.model.can("decode"):
+            start = None if condition is None else condition[:4]
+            paths = interpolate(self.model, x[:4], x[4:8], 12, start).transpose(0, 1).numpy()
+            sheets.append(("Paths in the latent space", "In each row from one example of the data to another.", paths))
+        return sheets
 
     def _reconstructions(self, x: Tensor, condition: Tensor | None) -> tuple[Any, Any] | None:
         """Some examples, and what the model decodes their mean embedding to."""

@@ -49,6 +49,7 @@ class ReportInput:
             arrays that are no images, ``data`` and ``samples`` are taken if these are None.
         measures: how good the sampled rows of a table are, each beside its value for held-out rows.
         pairs: pairs of columns with their score, sampled and held-out: names, and two numbers up to 1.
+        sheets: further pictures of images: heading, caption, and an array of shape ``(rows, columns, *space.shape)``.
     """
 
     title: str
@@ -70,6 +71,7 @@ class ReportInput:
     columns_sampled: Any = None
     measures: Sequence[Measure] = ()
     pairs: Sequence[tuple[str, str, float, float]] = ()
+    sheets: Sequence[tuple[str, str, Any]] = ()
 
 
 def write_report(path: str | Path, content: ReportInput) -> Path:
@@ -124,6 +126,7 @@ def _context(content: ReportInput) -> dict[str, Any]:
         "curve": figures.learning_curve(content.history, content.space.dims),
         "parts": _parts(evaluations[0], content.space) if evaluations else [],
         "samples": _samples(content),
+        "sheets": _sheets(content),
         "reconstructions": _reconstructions(content),
         "embedding": _embedding(content),
         "columns": [_column(c) for c in comparisons],
@@ -252,6 +255,20 @@ def _samples(content: ReportInput) -> dict[str, Any] | None:
     real, sampled = (part.reshape(len(part), -1).astype(np.float64) for _, part in arrays)
     chart = figures.scatter_pair(real, sampled) if real.shape[1] == 2 else figures.bands(real, sampled)
     return {"form": "chart", **chart}
+
+
+def _sheets(content: ReportInput) -> list[dict[str, Any]]:
+    """Grids of images, brightness as in the grid of the data."""
+    if figures.image_shape(content.space) is None:
+        return []
+    found = []
+    for heading, caption, images in content.sheets:
+        rows = np.asarray(images)
+        tiles = _tiles(content.space, rows if content.data is None else np.asarray(content.data))
+        grid = tiles.grid(rows.reshape(-1, *rows.shape[2:]), rows.shape[1])
+        alt = f"{rows.shape[0]} rows of {rows.shape[1]} images: {heading}."
+        found.append({"heading": heading, "caption": caption, "alt": alt, **grid})
+    return found
 
 
 def _reconstructions(content: ReportInput) -> dict[str, Any] | None:
