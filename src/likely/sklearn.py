@@ -45,7 +45,7 @@ from sklearn.utils.validation import (
 )
 
 from likely import api, models
-from likely.contract import Model, Reals, Unsupported
+from likely.contract import Model, Reals, Table, Unsupported
 from likely.data import Schema, Split, infer_schema
 from likely.data.arrays import ArrayForm
 from likely.evaluation import column_nats, tail_probability
@@ -377,15 +377,15 @@ class OutlierDetector(OutlierMixin, _Estimator):
             return shares
         import pandas as pd
 
-        names = [c.name for c in self.fitted_.schema.form.modelled] if self._mixed else self.feature_names_in_
+        space = self.fitted_.schema.space
+        names = [c.name for c in space.columns] if isinstance(space, Table) else self.feature_names_in_
         return pd.DataFrame(shares, columns=names)
 
-    def _fit_model(self, rows: Any, schema: Schema, **changes: Any) -> api.Fitted:
+    def _fit_model(self, rows: Any, schema: Schema, model: Any = None, **changes: Any) -> api.Fitted:
         if self.model != "auto" or self._mixed or self.budget is not None:
-            return super()._fit_model(rows, schema, **changes)
-        small = rows.shape[1] <= 256
-        own = {**self._MIXTURE, "covariance": "full" if small else "diagonal", **(self.options or {})}
-        return super()._fit_model(rows, schema, "mixture", **{**own, **changes})
+            return super()._fit_model(rows, schema, model, **changes)
+        own = {**self._MIXTURE, "covariance": "full" if rows.shape[1] <= 256 else "diagonal", **changes}
+        return super()._fit_model(rows, schema, "mixture", **{**own, **(self.options or {})})
 
     def _blurred(self, rows: Any, blur: float) -> Any:
         if self._mixed:

@@ -398,7 +398,7 @@ class Summary:
             self.dress = joined
             plain += [found[1]] * count
         if self.undressed is None:
-            self.undressed = Summary(self.name, self._always)
+            self.undressed = Summary(self.name, sorted(self._always))
             self.undressed.counter = False
         self.undressed.add(TextCells(plain), where)
 
