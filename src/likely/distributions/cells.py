@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from likely.contract import Batches, Binary, Integers, Space, Table, Tokens, Unsupported
-from likely.distributions.heads import BernoulliHead, CategoricalHead, head
+from likely.distributions.heads import BernoulliHead, CategoricalHead, Head, head
 from likely.distributions.protocol import Distribution
 from likely.networks.features import Features
 from likely.networks.linear import Linear
@@ -108,8 +108,9 @@ class Columns(nn.Module):
     def __init__(self, space: Table, width: int, options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         cells = [Table(columns=(column,)) for column in space.columns]
-        self.features = nn.ModuleList(Features(cell, min(width, _EMBEDDING)) for cell in cells[:-1])
-        self.project = nn.ModuleList(Linear(math.prod(features.shape), width) for features in self.features)
+        features = [Features(cell, min(width, _EMBEDDING)) for cell in cells[:-1]]
+        self.features = nn.ModuleList(features)
+        self.project = nn.ModuleList(Linear(math.prod(one.shape), width) for one in features)
         self.heads = nn.ModuleList(head("table", cell, (width,), **dict(options or {})) for cell in cells)
         self.presence = nn.ModuleDict(
             {str(j): BernoulliHead(Binary((1,)), (width,)) for j, column in enumerate(space.columns) if column.missing}
@@ -150,8 +151,10 @@ class Columns(nn.Module):
         """Scales and biases of features and heads, from passes over the data."""
         for modules in (self.features, self.heads):
             for j, module in enumerate(modules):
+                assert isinstance(module, Features | Head)
                 module.initialise(_Cells(batches, lambda x, j=j: x[:, j : j + 1]))
         for name, law in self.presence.items():
+            assert isinstance(law, Head)
             law.initialise(_Cells(batches, lambda x, j=int(name): (~torch.isnan(x[:, j : j + 1])).double()))
 
 

@@ -21,9 +21,10 @@ class Block(nn.Module):
         self.before_attention = nn.LayerNorm(width)
         self.attention = Attention(width, heads, causal)
         self.before_mlp = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(Linear(width, hidden), make_activation(activation), Linear(hidden, width))
+        last = Linear(hidden, width)
+        self.mlp = nn.Sequential(Linear(width, hidden), make_activation(activation), last)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        for layer in (self.attention.output, self.mlp[2]):
+        for layer in (self.attention.output, last):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -87,6 +88,6 @@ class TransformerLayers(nn.Module):
         """
         start = caches[0].size if caches else 0
         rotation = self.rotation[:, start : start + x.shape[1]]
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x = block(x, rotation, cache, mask)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rotation, caches[i] if caches else None, mask)
         return self.norm(x)
