@@ -65,6 +65,8 @@ def likely_flow(kind: str, dims: int) -> tuple[torch.nn.Module, Callable[[torch.
     name = kind.removeprefix("likely ").split()[0]
     if name == "nsf":
         options |= {"bins": BINS, "conditioner": "coupling" if "coupling" in kind else "autoregressive"}
+    if "mixing" in kind:
+        options["mixing"] = True
     if "defaults" in kind:
         options = {}
     model = find(name)(Reals((dims,)), **options)
@@ -212,8 +214,8 @@ def one(kind: str, name: str, budget: float, seed: int) -> dict[str, Any]:
 
 KINDS = (
     "likely nsf",
+    "likely nsf mixing",
     "likely nsf coupling",
-    "likely nsf defaults",
     "likely maf",
     "zuko NSF",
     "nflows NSF",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -594,3 +596,11 @@ def test_what_a_flow_is_not_for_is_refused_with_what_is() -> None:
         NSF(Reals((2,)), conditioner="coupled")
     with pytest.raises(ValueError, match="tails: expected 'heavy' or 'normal', got 'fat'"):
         RealNVP(Reals((2,)), tails="fat")
+
+
+def test_recipe_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    papers = Path(__file__).parent.parent / "papers"
+    monkeypatch.syspath_prepend(str(papers))
+    monkeypatch.setattr("sys.argv", ["maf_uci.py", "--dry-run"])
+    runpy.run_path(str(papers / "maf_uci.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("# ")

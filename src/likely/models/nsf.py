@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from likely.bijections import Arcsinh, Autoregressive, Bijection, Chain, Coupling, Spline, Unconditional
+from likely.bijections import LU, Arcsinh, Autoregressive, Bijection, Chain, Coupling, Spline, Unconditional
 from likely.contract import Model, Space
 from likely.models._flow import Flow, check_flow_options
 
@@ -40,6 +40,8 @@ class NSF(Flow, Model):
         box: half the width of the box in which the splines act, in deviations.
         conditioner: ``autoregressive`` (better, slower to sample) or ``coupling``.
         tails: ``heavy``, or ``normal`` without the first map.
+        mixing: whether a linear map (by its LU factors, started as the identity) stands before each transform: often
+            a better fit, but a cell then has no share of the bound of its own (``column_nats``).
         activation: of the networks.
         residual: whether the networks are residual.
         code_options: of model ``made``, which has the coded columns, such as ``{"hidden": (64, 64)}``.
@@ -56,6 +58,7 @@ class NSF(Flow, Model):
         box: float = 4.0,
         conditioner: str = "autoregressive",
         tails: str = "heavy",
+        mixing: bool = False,
         activation: str = "relu",
         residual: bool = False,
         code_options: Mapping[str, Any] | None = None,
@@ -68,6 +71,8 @@ class NSF(Flow, Model):
         shared = {"context": self.context_width, "hidden": hidden, "activation": activation, "residual": residual}
         places = list(range(self.dims))
         for t in range(transforms):
+            if mixing:
+                steps.append(LU(self.dims, identity=True))
             spline = Spline(bins, box)
             if conditioner == "autoregressive":
                 order = places if t % 2 == 0 else places[::-1]
@@ -75,3 +80,5 @@ class NSF(Flow, Model):
             else:
                 steps.append(Coupling(spline, [self.dims > 1 and j % 2 == t % 2 for j in places], **shared))
         self.bijection = Chain(*steps)
+        if mixing:
+            object.__setattr__(self, "column_nats", None)
