@@ -12,7 +12,9 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,7 +93,7 @@ def main() -> None:
     print("\n".join(lines))
     if arguments.out is not None:
         about = {
-            "command": "python benchmarks/sampling_cache.py",
+            "command": shlex.join(["python", "benchmarks/sampling_cache.py", *sys.argv[1:]]),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {"likely": likely.__version__, "torch": torch.__version__, "python": platform.python_version()},
             "date": datetime.now(UTC).date().isoformat(),
