@@ -55,7 +55,8 @@ def trained(minutes: float, steps: int | None) -> tuple[VDM, Dataset, Dataset]:
     """The model, the training images and the test images."""
     train_set, valid_set, test_set = read("digits")
     torch.manual_seed(0)
-    model = VDM(train_set.space, network="mlp", network_options={"width": 256, "depth": 3, "dropout": 0.1})
+    network_options = {"width": 256, "depth": 3, "dropout": 0.1}
+    model = VDM(train_set.space, network="mlp", network_options=network_options, parameterisation="f", levels="linear")
     options = {"learning_rate": 2e-3}
     steps = steps or int(60 * minutes / step_seconds(model, train_set, options))
     train(model, train_set, valid_set, steps=steps, evaluate_every=max(1, steps // 6), **TRAINING, **options)

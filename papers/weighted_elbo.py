@@ -36,7 +36,11 @@ from likely.units import bits_per_dim
 
 SPACE = Integers((1, 8, 8), 17)
 #: The mlp, so that a row costs a minute; levels follow the cosine schedule wherever the loss is weighted.
-MODEL: dict[str, Any] = {"network": "mlp", "network_options": {"width": 192, "depth": 3, "dropout": 0.1}}
+MODEL: dict[str, Any] = {
+    "parameterisation": "f",
+    "network": "mlp",
+    "network_options": {"width": 192, "depth": 3, "dropout": 0.1},
+}
 
 
 def digits() -> tuple[Dataset, Dataset]:

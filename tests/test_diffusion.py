@@ -33,6 +33,7 @@ from likely.diffusion.levels import (
 from likely.diffusion.likelihood import flow, log_density
 from likely.diffusion.parameterisation import (
     PARAMETERISATIONS,
+    OnLevels,
     Pair,
     alpha_sigma,
     make_parameterisation,
@@ -223,6 +224,40 @@ def test_a_pair_agrees_with_z_and_with_the_definition(name: str) -> None:
     if name in defined:
         assert torch.allclose(defined[name], out)
     assert torch.allclose(to_output(parameterisation, pair, z, gamma), out)
+
+
+def test_an_output_on_levels_is_the_posterior_mean_under_its_tilt() -> None:
+    torch.manual_seed(0)
+    places = torch.tensor([-0.75, -0.25, 0.25, 0.75], dtype=torch.float64)
+    levels = OnLevels(places, (3,)).double()
+    counts = torch.tensor([[5.0, 0.0, 1.0, 2.0], [0.0, 9.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    levels.fit(counts)
+    shares = counts + (counts.sum(0) + 1) / (counts.sum() + 4)
+    shares = (shares / shares.sum(1, keepdim=True)).numpy()
+    z, out = torch.randn(2, 5, 3, dtype=torch.float64)
+    gamma = torch.linspace(-4, 3, 5, dtype=torch.float64)
+    pair = levels.to_pair(out, z, gamma)
+    scale = float((((counts.sum(0) + 1) * places.square()).sum() / (counts.sum() + 4)).sqrt())
+    for i, g in enumerate(gamma.tolist()):
+        alpha, sigma = math.sqrt(special.expit(-g)), math.sqrt(special.expit(g))
+        for j in range(3):
+            p = shares[j] * np.exp(float(out[i, j]) * places.numpy() / scale)
+            p = p * stats.norm(alpha * places.numpy(), sigma).pdf(float(z[i, j]))
+            assert float(pair.x[i, j]) == pytest.approx(float((p * places.numpy()).sum() / p.sum()))
+    alpha, sigma = alpha_sigma(gamma, z)
+    assert torch.allclose(alpha * pair.x + sigma * pair.eps, z)
+    assert (levels.to_pair(out + 0.5, z, gamma).x >= pair.x).all()
+
+
+def test_before_training_the_bound_is_that_of_independent_cells() -> None:
+    """The best denoiser of each cell by itself: −bound is the sum of the cells' entropies, but for the two ends."""
+    x = torch.distributions.Categorical(torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4]])).sample((6000,))
+    model = VDM(Integers((2,), 4), network="mlp", network_options={"width": 8}, gamma_max=8.0, bound_levels=32).double()
+    model.initialise([(x.double(), None)])
+    with torch.no_grad():
+        nats = model.bound(x.double(), None, stream()).nats
+    entropy = sum(float(stats.entropy(np.bincount(cell.numpy()))) for cell in x.T)
+    assert -float(nats.mean()) == pytest.approx(entropy, abs=4.5 * float(nats.std()) / math.sqrt(6000) + 0.02)
 
 
 def test_f_is_minus_v_for_data_of_unit_scale() -> None:
@@ -860,7 +895,7 @@ def test_levels_weights_and_dropout_are_for_the_loss_alone() -> None:
     x = torch.randint(4, (20, 2)).float()
     options = {"network": "mlp", "network_options": {"width": 8, "depth": 1, "dropout": 0.5}, "gamma_min": -4.0}
     found = []
-    for more in ({}, {"weighting": "sigmoid"}, {"weighting": "edm", "levels": "lognormal"}):
+    for more in ({"levels": "linear"}, {"weighting": "sigmoid"}, {"weighting": "edm", "levels": "lognormal"}):
         torch.manual_seed(0)
         model = VDM(Integers((2,), 4), **options, **more).eval()
         found.append((model.bound(x, None, stream()).nats, float(model.loss(x, None, stream()).value.detach())))

@@ -7,7 +7,8 @@ does not depend on the choice, its optimisation does: as γ → −∞ almost an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -138,6 +139,53 @@ class Score:
     def to_pair(self, out: Tensor, z: Tensor, gamma: Tensor) -> Pair:
         alpha, sigma = alpha_sigma(gamma, z)
         return Pair((z + sigma.square() * out) / alpha, -sigma * out)
+
+
+class OnLevels(nn.Module):
+    """The posterior mean of values that lie on levels f_1 … f_L, from a tilt of each cell's own distribution.
+
+        x̂ = Σ_k f_k p(k | z),   p(k | z) ∝ π_k exp(out · f_k / d) N(z; α f_k, σ²),   ε̂ = (z − α x̂)/σ
+
+    with the shares π of the cell in the data and their root mean square d.  Any x̂ between the levels has an output,
+    and 0 is the best denoiser of independent cells; where the noise is small x̂ is the nearest level, which no network
+    has to learn.  Like the output of Bayesian flow networks (Graves et al. 2023, arXiv 2308.07037), with one number a
+    cell.
+
+    Args:
+        places: f, shape ``(L,)``.
+        shape: of an example.
+    """
+
+    places: Tensor
+    log_shares: Tensor
+    data_scale: Tensor
+
+    def __init__(self, places: Tensor, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("log_shares", torch.full((*shape, len(places)), -math.log(len(places))))
+        self.register_buffer("data_scale", places.square().mean().sqrt())
+
+    @torch.no_grad()
+    def fit(self, counts: Tensor) -> None:
+        """Set π from counts of the levels in every cell, shape ``(*shape, L)``; each cell shares a little with all."""
+        overall = counts.flatten(0, -2).sum(0) + 1.0
+        smooth = counts + overall / overall.sum()
+        self.log_shares.copy_(torch.log(smooth / smooth.sum(-1, keepdim=True)))
+        self.data_scale.copy_(torch.sqrt((overall * self.places.double().square().cpu()).sum() / overall.sum()))
+
+    def precondition(self, z: Tensor, gamma: Tensor) -> Tensor:
+        alpha, sigma = alpha_sigma(gamma, z)
+        d = self.data_scale.to(alpha)
+        return z * (d / torch.sqrt(sigma.square() + (alpha * d).square()))
+
+    def to_pair(self, out: Tensor, z: Tensor, gamma: Tensor) -> Pair:
+        alpha, sigma = alpha_sigma(gamma, z)
+        f = self.places.to(z)
+        distance = (z.unsqueeze(-1) - alpha.unsqueeze(-1) * f) / sigma.unsqueeze(-1)
+        tilt = (out / self.data_scale.to(z)).unsqueeze(-1) * f
+        x = ((self.log_shares.to(z) + tilt - 0.5 * distance.square()).softmax(-1) * f).sum(-1)
+        return Pair(x, (z - alpha * x) / sigma)
 
 
 def to_output(parameterisation: Parameterisation, pair: Pair, z: Tensor, gamma: Tensor) -> Tensor:

@@ -54,12 +54,15 @@ from likely.diffusion.data import Data, LevelData, RealData, TableData, make_dat
 from likely.diffusion.distillation import distillation_error
 from likely.diffusion.levels import Adaptive, Ends, Learned, Levels, Linear, draw, grid, make_levels, spread_over_batch
 from likely.diffusion.likelihood import EXACT_CELLS, flow, log_density
-from likely.diffusion.parameterisation import F, Pair, make_parameterisation
+from likely.diffusion.parameterisation import F, OnLevels, Pair, Parameterisation, make_parameterisation
 from likely.diffusion.samplers import clipped, find_sampler, guided
 from likely.diffusion.weighting import make_weighting
 from likely.networks import Features
 from likely.networks.denoisers import denoiser
 from likely.noise import Noise
+
+#: Up to so many levels the network's output tilts a distribution over them.
+FEW_LEVELS = 32
 
 
 class VDM(Model):
@@ -72,12 +75,15 @@ class VDM(Model):
             least 8 × 8, else ``mlp``.
         network_options: options of the network, such as ``{"width": 256}``; see :mod:`likely.networks.denoisers`.  For
             2ᵇ levels, b ≥ 5, ``fourier`` is (b − 2, b − 1) unless it is given.
-        parameterisation: what the network's output means: ``f`` (EDM's), ``v``, ``eps`` (VDM's), ``x`` or ``score``.
+        parameterisation: what the network's output means: ``levels`` (a tilt of each cell's distribution, for up to
+            some hundred levels), ``f`` (EDM's), ``v``, ``eps`` (VDM's), ``x`` or ``score``; ``auto``: ``levels`` for up
+            to 32 levels, else ``f``.
         steps: T, number of steps of the chain that the bound speaks of; None for continuous time.
         gamma_min, gamma_max: γ_0 and γ_1.  By default γ_0 suits the spacing of the data (−13.3 for 256 levels).
         learn_ends: whether γ_0 and γ_1 are trained, on the bound.
         levels: density of the levels in training, and grid of the steps: ``linear``, ``cosine``, ``lognormal``,
-            ``adaptive`` or ``learned``; see :mod:`likely.diffusion.levels`.
+            ``adaptive`` or ``learned``; see :mod:`likely.diffusion.levels`.  ``auto``: ``linear`` for a chain of T
+            steps, else ``adaptive``, which the bound then draws its levels from too.
         levels_options: its options, such as ``{"shift": 1.0}``.
         weighting: of the loss, never of the bound: ``elbo``, ``sigmoid``, ``edm``, ``edm_monotone``, ``min_snr``,
             ``simple`` or ``velocity``; see :mod:`likely.diffusion.weighting`.
@@ -110,12 +116,12 @@ class VDM(Model):
         *,
         network: str = "auto",
         network_options: Mapping[str, Any] | None = None,
-        parameterisation: str = "f",
+        parameterisation: str = "auto",
         steps: int | None = None,
         gamma_min: float | None = None,
         gamma_max: float = 5.0,
         learn_ends: bool = False,
-        levels: str = "linear",
+        levels: str = "auto",
         levels_options: Mapping[str, Any] | None = None,
         weighting: str = "elbo",
         weighting_options: Mapping[str, Any] | None = None,
@@ -144,6 +150,8 @@ class VDM(Model):
                 f"levels: {levels!r} needs a fixed γ_0, which a table takes from its data; give gamma_min"
             )
         find_sampler(sampler)
+        if levels == "auto":
+            levels = "adaptive" if steps is None else "linear"
         self.steps, self.bound_levels, self.condition_dropout = steps, bound_levels, condition_dropout
         self.sampler, self.sample_steps, self.guidance = sampler, sample_steps or steps or 128, guidance
 
@@ -167,7 +175,18 @@ class VDM(Model):
         name = ("unet" if image else "mlp") if network == "auto" else network
         self._teacher: list[VDM | None] = [None]  # in a list, so that it is no part of this module
         built = denoiser(name, self.data.shape, width, **{**_fine(self.data), **dict(network_options or {})})
-        self.denoise = Denoiser(built, make_parameterisation(parameterisation), ends)
+        self.denoise = Denoiser(built, self._make_parameterisation(parameterisation), ends)
+
+    def _make_parameterisation(self, name: str) -> Parameterisation:
+        """By name; ``levels`` and what ``auto`` stands for depend on the data."""
+        few = isinstance(self.data, LevelData) and self.data.levels <= FEW_LEVELS
+        if name == "auto":
+            name = "levels" if few else "f"
+        if name != "levels":
+            return make_parameterisation(name)
+        if not isinstance(self.data, LevelData):
+            raise Unsupported(f"parameterisation: 'levels' is for Binary and Integers, got {type(self.space).__name__}")
+        return OnLevels(self.data.embed(torch.arange(self.data.levels)), self.data.shape)
 
     # The bound -----------------------------------------------------------------------------------------------
 
@@ -328,7 +347,9 @@ class VDM(Model):
             assert without is not None
             denoise = guided(denoise, without, guidance)
         z = noise.normal((n, *self.data.shape)).to(self.ends.high)
-        levels = grid(cast(Levels, self.levels), self.ends, steps or self.sample_steps)
+        # What has the least variance in the bound is no grid for a sampler.
+        even = self.steps is None and isinstance(self.levels, Adaptive | Learned)
+        levels = grid(Linear() if even else cast(Levels, self.levels), self.ends, steps or self.sample_steps)
         z = find_sampler(sampler or self.sampler)(denoise, z, levels, noise, context)
         return self.data.draw(z / self._alpha_0, self.ends.low, noise)
 
@@ -418,8 +439,19 @@ class VDM(Model):
             self.condition_features.initialise(batches, of_condition=True)
         if self._gamma_of_data and isinstance(self.data, TableData):
             self.ends.start_at(self.data.gamma, float(self.ends.first[1]))
+        if isinstance(self.denoise.parameterisation, OnLevels):
+            self.denoise.parameterisation.fit(self._counts(batches))
         if isinstance(self.denoise.parameterisation, F):
             self.denoise.parameterisation.data_scale.fill_(self._root_mean_square(batches))
+
+    def _counts(self, batches: Batches) -> Tensor:
+        """How often each cell has each level: shape ``(*space.shape, L)``, float64."""
+        assert isinstance(self.data, LevelData)
+        levels = torch.arange(self.data.levels)
+        counts = torch.zeros(*self.space.shape, len(levels), dtype=torch.float64)
+        for x, _ in batches:
+            counts += (x.cpu().unsqueeze(-1) == levels).double().sum(0)
+        return counts
 
     @torch.no_grad()
     def _root_mean_square(self, batches: Batches) -> float:
