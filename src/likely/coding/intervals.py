@@ -357,7 +357,7 @@ class _Frame:
 
     def _guess(self, r: Integers, low: Integers | int, high: Integers | int) -> Integers:
         share = (1.0 if self.mass is None else self.mass) / self.room
-        probability: Floats = r * share
+        probability: Floats = np.multiply(r, share, dtype=np.float64)
         if self.below is not None:
             probability += self.below
         first = self.owner.low - 0.5

@@ -135,9 +135,10 @@ def refine(rules: nn.Module, original: nn.Module) -> None:
         original: the model.
     """
     head, decoder = ("likelihood_head", "output"), ("decoder",)
-    paths = [head, decoder]
-    if hasattr(original.decoder, "stages"):
-        paths = [head, (*decoder, "stages", str(len(original.decoder.stages) - 1)), (*decoder, "final")]
+    paths: list[tuple[str, ...]] = [head, decoder]
+    stages: Any = getattr(original.decoder, "stages", None)
+    if stages is not None:
+        paths = [head, (*decoder, "stages", str(len(stages) - 1)), (*decoder, "final")]
     for *path, name in paths:
         setattr(rules.get_submodule(".".join(path)), name, Fine(original.get_submodule(".".join((*path, name)))))
 
