@@ -13,7 +13,7 @@ from likely.bijections.bijection import Bijection
 from likely.bijections.elementwise import Elementwise
 from likely.networks.linear import Linear
 from likely.networks.masked import MaskedMLP, examples_last
-from likely.networks.mlp import MLP, ResidualMLP
+from likely.networks.mlp import MLP, ResidualMLP, full_precision
 
 #: Factor on the initial weights of the layer that gives the numbers: the map starts near that of zero numbers.
 _START = 0.1
@@ -119,7 +119,7 @@ class VectorNetwork(nn.Module):
                 raise ValueError("context: this bijection was built with one, got None")
             known = torch.cat([known, context], 1)
         h = self.body(known if known.shape[1] else known.new_zeros(len(known), 1))
-        return examples_last(h, self.output.weight, self.output.bias, self.numbers)
+        return full_precision(examples_last(h, self.output.weight, self.output.bias, self.numbers))
 
 
 class Coupling(Bijection):
@@ -234,7 +234,7 @@ class Autoregressive(Bijection):
 
     def _columns(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """z and its log-slopes: ``(features, batch)``."""
-        numbers = self.network(x, context).transpose(1, 2)
+        numbers = full_precision(self.network(x, context)).transpose(1, 2)
         return self.transform.forward(x.t().contiguous(), numbers)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
