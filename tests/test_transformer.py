@@ -269,6 +269,7 @@ def test_what_is_pushed_is_popped_and_costs_the_bound(space: Space, options: dic
     copy = Stack.from_words(stack.to_words(), lanes=16)
     assert torch.equal(codec.pop(copy, 30, c).to(x.dtype), x)
     copy.finish()
+    assert codec.pop(Stack(), 0, c[:0]).shape == (0, *space.shape)
 
 
 def test_the_step_of_the_decoder_equals_the_parallel_pass_to_the_bit() -> None:

@@ -109,7 +109,9 @@ class SequentialCodec:
 
     def _values(self, symbols: Integers, t: Integers, mask: Mask | None) -> Tensor:
         """The values of these cells, shape ``(n,)``, as a walk is sent them."""
-        rows = self._columns[t[0]] if self._columns and len(t) else self._rows
+        if not len(t):
+            return torch.zeros(0, dtype=torch.float64)
+        rows = self._columns[t[0]] if self._columns else self._rows
         return rows.values(symbols[:, None], None if mask is None else _picked(mask, t)[:, None])[:, 0]
 
     def _mask(self, n: int, present: Mask | None) -> Mask | None:
