@@ -111,6 +111,14 @@ def test_half_precision_inside_full_precision_outside(name: str) -> None:
     close(out, network(z, level, context), 0.05)
 
 
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_compilation_sees_one_graph(monkeypatch, name: str) -> None:
+    monkeypatch.setattr(normconv, "LARGE", 0)
+    network = small(name, 0)
+    z, level = torch.randn(2, *SHAPES[name]), torch.rand(2)
+    close(torch.compile(network, backend="eager", fullgraph=True)(z, level), network(z, level))
+
+
 def test_dropout_only_in_training() -> None:
     for name in SMALL:
         network = perturbed(denoiser(name, SHAPES[name], 0, **SMALL[name], dropout=0.5))

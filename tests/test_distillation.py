@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,13 +174,23 @@ def test_what_it_refuses(levels: int, weight: str, message: str) -> None:
         )
 
 
+@pytest.mark.parametrize("recipe", ["distillation", "vdm_cifar10"])
+def test_recipes_run(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    papers = Path(__file__).parent.parent / "papers"
+    monkeypatch.delenv("LIKELY_DATA", raising=False)
+    monkeypatch.syspath_prepend(str(papers))
+    monkeypatch.setattr("sys.argv", [f"{recipe}.py", "--dry-run"])
+    runpy.run_path(str(papers / f"{recipe}.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("# ")
+
+
 # Students of a model ---------------------------------------------------------------------------------------------
 
 
 def vdm(space=None, **options) -> VDM:
     torch.manual_seed(0)
     mlp = {"width": 16, "depth": 1, "waves": 4}
-    model = VDM(space or Integers((1, 2, 2), 4), network="mlp", network_options=mlp, **options)
+    model = VDM(space or Integers((1, 2, 2), 4), network="mlp", network_options=mlp, parameterisation="f", **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)

@@ -288,7 +288,10 @@ class VDM(Model):
         options = {"steps": steps, "sampler": "ddim", "sample_steps": None, "weighting": "elbo"}
         student = VDM(self.space, self.condition, **{**self.config, **options, "weighting_options": None})
         student.to(self.ends.high)
-        student.load_state_dict(self.state_dict())
+        state = self.state_dict()
+        if type(student.levels) is not type(self.levels):  # ``auto``, which a chain understands in its own way
+            state = {name: value for name, value in state.items() if not name.startswith("levels.")}
+        student.load_state_dict(state)
         teacher = copy.deepcopy(self).eval().requires_grad_(False)
         teacher.teacher = None
         student._teacher = [teacher]
@@ -308,7 +311,7 @@ class VDM(Model):
         assert self.teacher is not None and self.steps is not None
         teacher = self.teacher.to(self.ends.high)
         seen = teacher._see(x, teacher._context(len(x), condition))
-        levels = grid(cast(Levels, teacher.levels), teacher.ends, 2 * self.steps)
+        levels = grid(cast(Levels, self.levels), teacher.ends, 2 * self.steps)
         error = distillation_error(self.denoise, teacher.denoise, seen.f, levels, noise, seen.context, seen.coordinates)
         return Loss(error.mean() / self.space.dims, {"distillation": error.mean().detach()})
 
