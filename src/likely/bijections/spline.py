@@ -99,9 +99,9 @@ class Spline(Elementwise):
 
     def _lower_ends(self, shares: Tensor) -> Tensor:
         """Lower ends of bins that have these shares of what is free: one product with a triangle of ones."""
-        k, like = self.bins, {"dtype": shares.dtype, "device": shares.device}
-        before = torch.ones(k, k, **like).tril_(-1).expand(2, k, k)
-        start = torch.arange(k, **like).mul_(self._least).add_(self.low).unsqueeze(1)
+        k = self.bins
+        before = shares.new_ones(k, k).tril_(-1).expand(2, k, k)
+        start = torch.arange(k, dtype=shares.dtype, device=shares.device).mul_(self._least).add_(self.low).unsqueeze(1)
         return torch.baddbmm(start, before, shares.flatten(2), alpha=self._free).reshape(shares.shape)
 
     def _edges(self, numbers: Tensor) -> Tensor:

@@ -68,7 +68,12 @@ class NSF(Flow, Model):
         if conditioner not in ("autoregressive", "coupling"):
             raise ValueError(f"conditioner: expected 'autoregressive' or 'coupling', got {conditioner!r}")
         steps: list[Bijection] = [Unconditional(Arcsinh(), (self.dims,))] if tails == "heavy" else []
-        shared = {"context": self.context_width, "hidden": hidden, "activation": activation, "residual": residual}
+        shared: dict[str, Any] = {
+            "context": self.context_width,
+            "hidden": hidden,
+            "activation": activation,
+            "residual": residual,
+        }
         places = list(range(self.dims))
         for t in range(transforms):
             if mixing:
