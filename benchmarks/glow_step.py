@@ -109,7 +109,7 @@ def likely(steps: int, width: int, x: Any) -> tuple[Any, Any, list[Any]]:
     from likely.contract import Reals
     from likely.models.glow import Glow
 
-    model = Glow(Reals(SHAPE), levels=LEVELS, steps=steps, width=width)
+    model = Glow(Reals(SHAPE), levels=LEVELS, depth=steps, width=width)
     model.initialise([(x[:64], None)])
     return lambda rows: model.bound(rows).nats, lambda n: model.sample(n), list(model.parameters())
 

@@ -34,7 +34,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    fitted = likely.fit("digits", model="glow", steps=arguments.steps, levels=2, width=64, batch_size=64, patience=None)
+    fitted = likely.fit(
+        "digits", model="glow", steps=arguments.steps, levels=2, depth=4, width=64, batch_size=64, patience=None
+    )
     drawn = [np.asarray(fitted.sample(16, seed=1, temperature=t)).reshape(16, 8, 8) for t in TEMPERATURES]
     sheet(np.stack(drawn), arguments.out / "glow-temperatures.png")
     x = fitted.schema.read("digits").x

@@ -41,11 +41,11 @@ from records import RESULTS, provenance, write
 SPACE = Integers((3, 32, 32), 256)
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {
-        "model": {"levels": 3, "steps": 4, "width": 96},
+        "model": {"levels": 3, "depth": 4, "width": 96},
         "training": {"batch_size": 32, "learning_rate": 1e-3, "precision": "bfloat16"},
     },
     "gpu": {
-        "model": {"levels": 3, "steps": 16, "width": 256},
+        "model": {"levels": 3, "depth": 16, "width": 256},
         "training": {"batch_size": 128, "learning_rate": 1e-3, "precision": "bfloat16", "compile": True},
     },
 }
@@ -134,7 +134,7 @@ def table(row: dict[str, Any]) -> list[str]:
         "| model | levels × steps, width | parameters | steps of training | batch | seconds | test images | bits/dim |",
         "|---|---|---|---|---|---|---|---|",
         "| uniform | | | | | | | 8.00 |",
-        f"| {row['size']} | {model['levels']} × {model['steps']}, {model['width']} | {row['parameters']:,} | "
+        f"| {row['size']} | {model['levels']} × {model['depth']}, {model['width']} | {row['parameters']:,} | "
         f"{row['steps']:,} | {row['options']['training']['batch_size']} | {row['seconds']:,} {row['clock']} | "
         f"{row['test_images']:,} | {row['bits_per_dim']:.3f} ± {row['standard_error']:.3f} |",
         f"| paper | 3 × 32, 512 | | | | | 10,000 | {PAPER} |",
@@ -165,7 +165,7 @@ def main() -> None:
     sets = read_cifar(Path(os.environ["LIKELY_DATA"]) / "cifar10", 64 if arguments.dry_run else None)
     test = sets[2].subset(slice(0, 8 if arguments.dry_run else arguments.test_images))
     size = SIZES[arguments.size]
-    options = {**size["model"], **({"steps": 1, "width": 8} if arguments.dry_run else {})}
+    options = {**size["model"], **({"depth": 1, "width": 8} if arguments.dry_run else {})}
     training = {**TRAINING, **size["training"]}
     started = time.process_time()
     kept = arguments.run

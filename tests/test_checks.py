@@ -82,7 +82,7 @@ OPTIONS = {
         samples=2,
     ),
     "Glow, additive, plain convolutions": lambda: Glow(
-        Reals((3, 1, 1)), levels=2, steps=1, width=4, coupling="additive", convolution="plain"
+        Reals((3, 1, 1)), levels=2, depth=1, width=4, coupling="additive", convolution="plain"
     ),
     "VAE with warm-up, free bits, dropout": lambda: tiny_vae(Binary((2, 3)), kl_warmup=50, free_bits=0.05, dropout=0.1),
     "mixture with full covariance": lambda: Mixture(Reals((2,), missing=True), components=3, covariance="full"),

@@ -130,7 +130,7 @@ def test_shapes_of_levels() -> None:
 
 def tiny_glow(shape: tuple[int, ...] = (1, 4, 4), condition: Space | None = None, **options: object) -> Glow:
     torch.manual_seed(0)
-    model = Glow(Reals(shape), condition, **{"levels": 2, "steps": 2, "width": 8, **options})  # type: ignore[arg-type]
+    model = Glow(Reals(shape), condition, **{"levels": 2, "depth": 2, "width": 8, **options})  # type: ignore[arg-type]
     return model.requires_grad_(False)
 
 
@@ -145,7 +145,7 @@ def test_density_is_the_base_law_times_the_volume(options: dict[str, str]) -> No
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
 def test_decoding_inverts_encoding(dtype: torch.dtype, tolerance: float) -> None:
     x = (256 * torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))).to(dtype)
-    model = tiny_glow((3, 16, 16), levels=3, steps=8, width=16).to(dtype)
+    model = tiny_glow((3, 16, 16), levels=3, depth=8, width=16).to(dtype)
     model.initialise([(x, None)])
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -242,7 +242,7 @@ def test_the_label_moves_density_and_samples_of_every_level() -> None:
 def test_half_precision_networks_leave_the_linear_maps_alone() -> None:
     """Under bfloat16 autocast the density is that of slightly other networks, not of rounded pixels."""
     x = 256 * torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    model = tiny_glow((3, 8, 8), steps=4)
+    model = tiny_glow((3, 8, 8), depth=4)
     model.initialise([(x, None)])
     with torch.autocast("cpu", torch.bfloat16):
         half = model.bound(x).nats
@@ -256,7 +256,7 @@ def test_what_glow_refuses() -> None:
         Glow(Reals((2, 1, 1)), levels=2)
     with pytest.raises(Unsupported, match="missing cells"):
         Glow(Reals((1, 4, 4), missing=True))
-    for option in ({"coupling": "cubic"}, {"convolution": "qr"}, {"steps": 0}):
+    for option in ({"coupling": "cubic"}, {"convolution": "qr"}, {"depth": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(option))}.*: expected .* got"):
             Glow(Reals((1, 4, 4)), **option)  # type: ignore[arg-type]
 
@@ -308,7 +308,7 @@ def test_it_starts_as_uniform_dequantisation(space: Space) -> None:
 def test_the_law_of_the_noise_has_the_density_it_says(space: Space) -> None:
     """−log q(u | x) + D log r against the Jacobian of ε ↦ y by autograd."""
     torch.manual_seed(0)
-    model = shaken(Dequantised(space, flow=Standard(Reals(space.shape)), steps=2, width=8), 0.1)
+    model = shaken(Dequantised(space, flow=Standard(Reals(space.shape)), depth=2, width=8), 0.1)
     x = batch(space, 1) * (0.5 if isinstance(space, Table) else 1.0)
     cells = len(model.discrete)
 
@@ -332,7 +332,7 @@ def test_it_is_a_bound_and_a_trained_law_of_the_noise_tightens_it() -> None:
     """P(x) of a normal law that is rounded down is a difference of two values of Φ."""
     space, scale = Integers((2,), 4), 0.7
     torch.manual_seed(0)
-    model = Dequantised(space, flow=Standard(Reals((2,)), scale=scale), steps=2, width=16)
+    model = Dequantised(space, flow=Standard(Reals((2,)), scale=scale), depth=2, width=16)
     states = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))[:4]
     p = torch.tensor(norm.cdf(states + 1, scale=scale) - norm.cdf(states, scale=scale)).log().sum(1)
     x = states.repeat(256, 1)
@@ -353,7 +353,7 @@ def test_it_is_a_bound_and_a_trained_law_of_the_noise_tightens_it() -> None:
 
 def test_dequantised_table_leaves_a_continuum_alone() -> None:
     table = Table(columns=(Column("grid", "real", resolution=0.5), Column("free", "real")))
-    model = shaken(Dequantised(table, flow=Standard(Reals((2,))), steps=1, width=8))
+    model = shaken(Dequantised(table, flow=Standard(Reals((2,))), depth=1, width=8))
     x = torch.tensor([[1.5, 0.123], [-2.0, 7.7]], dtype=torch.float64)
     y, _ = model.dequantise(x, stream(0))
     assert torch.equal(y[:, 1], x[:, 1])
@@ -364,7 +364,7 @@ def test_dequantised_table_leaves_a_continuum_alone() -> None:
 def test_dequantised_glow_is_a_model_of_images() -> None:
     space = Integers((1, 4, 4), 5)
     torch.manual_seed(0)
-    model = Dequantised(space, flow="glow", flow_options={"levels": 2, "steps": 1, "width": 8}, steps=1, width=8)
+    model = Dequantised(space, flow="glow", flow_options={"levels": 2, "depth": 1, "width": 8}, depth=1, width=8)
     x = batch(space, 40)
     model.initialise([(x, None)])
     assert model.tempered
@@ -391,7 +391,7 @@ def test_uniform_dequantisation_of_glow_counts_every_pixel() -> None:
     """A Glow that is the identity gives N(x + u; 0, I): the bound of a closed form."""
     space = Integers((1, 4, 4), 5)
     torch.manual_seed(0)
-    glow = Glow(Reals((1, 4, 4)), levels=1, steps=1, width=4).double()
+    glow = Glow(Reals((1, 4, 4)), levels=1, depth=1, width=4).double()
     model = Preprocessed(glow, Dequantise(space))
     x = batch(space)
     u = KeyedNoise(0, content_keys(x)).uniform(x.shape).double()

@@ -53,7 +53,7 @@ class Dequantised(Model):
         condition: space of what the model is conditioned on, or None.
         flow: name of the model over the reals, a flow as a rule, or such a model over ``Reals(space.shape)``.
         flow_options: options of a model given by name.
-        steps: steps of the flow q; 0 for uniform dequantisation.
+        depth: steps of the flow q; 0 for uniform dequantisation.
         width: hidden units, or channels, of the networks of q.
 
     Raises:
@@ -77,22 +77,22 @@ class Dequantised(Model):
         *,
         flow: str | Model = "nsf",
         flow_options: Mapping[str, Any] | None = None,
-        steps: int = 2,
+        depth: int = 2,
         width: int = 64,
     ) -> None:
         super().__init__(space, condition)
         if space.missing:
             raise Unsupported("dequantised: expected complete examples; this space has missing cells")
-        if steps < 0 or width < 1:
-            raise ValueError(f"steps, width: expected at least 0 and 1, got {steps}, {width}")
+        if depth < 0 or width < 1:
+            raise ValueError(f"depth, width: expected at least 0 and 1, got {depth}, {width}")
         self.bins = Dequantise(space)
         self.model = _over_reals(flow, self.bins.output, condition, flow_options)
         discrete = (self.bins.width > 0).expand(space.shape).flatten().nonzero().flatten()
         self.register_buffer("discrete", discrete, persistent=False)  # places of the cells that have a bin
-        self.steps = steps
-        if steps:
+        self.depth = depth
+        if depth:
             self.features = Features(space)
-            self.network, self.noise_flow = _noise_flow(self.features, len(discrete), space.shape, steps, width)
+            self.network, self.noise_flow = _noise_flow(self.features, len(discrete), space.shape, depth, width)
         object.__setattr__(self, "tempered", self.model.tempered)
         for ability in self._ABILITIES:
             if not self.model.can(ability):
@@ -104,7 +104,7 @@ class Dequantised(Model):
 
     def dequantise(self, x: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """y = x + r u with u ~ q(u | x), float64, and D log r − log q(u | x) in nats, shape ``(batch,)``."""
-        if not self.steps:
+        if not self.depth:
             y, log_width = self.bins(x, noise)
             return y, log_width.flatten(1).sum(1)
         n, cells = len(x), len(self.discrete)
@@ -145,7 +145,7 @@ class Dequantised(Model):
     @property
     def _has_part(self) -> bool:
         """Whether the dequantisation adds anything: uniform noise on bins of width 1 does not."""
-        return self.steps > 0 or not bool(((self.bins.width == 1) | (self.bins.width == 0)).all())
+        return self.depth > 0 or not bool(((self.bins.width == 1) | (self.bins.width == 0)).all())
 
     def sample(self, n: int, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         """The bin of y ~ p_Y; what falls outside the space goes to the nearest code."""
@@ -153,7 +153,7 @@ class Dequantised(Model):
 
     def initialise(self, batches: Batches) -> None:
         """Scales of the features, and what the model within sets from y."""
-        if self.steps:
+        if self.depth:
             self.features.initialise(batches)
         self.model.initialise(_Dequantised(self, batches))
 
@@ -174,7 +174,7 @@ class Dequantised(Model):
     def tiny(cls, space: Space, condition: Space | None = None) -> Dequantised:
         """A small flow behind noise whose law moves with the example."""
         flow = {"transforms": 2, "hidden": (8,), "tails": "normal"}
-        return cls(space, condition, flow="maf", flow_options=flow, steps=1, width=8)
+        return cls(space, condition, flow="maf", flow_options=flow, depth=1, width=8)
 
     # Abilities of the model within ---------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ def _over_reals(flow: str | Model, space: Reals, condition: Space | None, option
 
 
 def _noise_flow(
-    features: Features, cells: int, shape: Sequence[int], steps: int, width: int
+    features: Features, cells: int, shape: Sequence[int], depth: int, width: int
 ) -> tuple[nn.Module, Bijection]:
     """The network that makes h of the features, and the flow from a to ε that sees h.
 
@@ -221,11 +221,11 @@ def _noise_flow(
         start = nn.PixelUnshuffle(2) if squeezed else nn.Identity()
         convolution = nn.Conv2d(features.shape[0] * (4 if squeezed else 1), width, 3, padding=1)
         level = []
-        for _ in range(steps):
+        for _ in range(depth):
             level += [ChannelCoupling(channels, Affine(LIMIT), width, width), Reverse(channels)]
         return nn.Sequential(start, convolution, nn.ReLU()), MultiScale(shape, [Chain(*level)], width)
     flow = []
-    for step in range(steps):
+    for step in range(depth):
         order = range(cells) if step % 2 == 0 else range(cells - 1, -1, -1)
         flow.append(Inverse(Autoregressive(Affine(LIMIT), cells, hidden=(width,), context=width, order=order)))
         nn.init.zeros_(flow[-1].bijection.network.output.weight)

@@ -95,7 +95,7 @@ class Glow(Model):
         condition: space of what the model is conditioned on, a label or more, or None; every coupling and every split's
             prior sees it.
         levels: L; by default 3, or fewer where the image cannot be halved so often.
-        steps: K, steps of flow of each level; the paper has 32.
+        depth: K, steps of flow of each level; the paper has 32.
         width: channels of the coupling networks' hidden layers; the paper has 512.
         coupling: ``affine``, or ``additive``, which keeps volume.
         convolution: ``lu`` for W by its factors, whose log-det is a sum, or ``plain`` for W itself.
@@ -103,7 +103,7 @@ class Glow(Model):
     Raises:
         Unsupported: the examples are no images, or too small for so many levels, or cells may be missing.
 
-    >>> model = Glow(Reals((1, 4, 4)), levels=2, steps=1, width=8)
+    >>> model = Glow(Reals((1, 4, 4)), levels=2, depth=1, width=8)
     >>> x = torch.zeros(2, 1, 4, 4)
     >>> model.bound(x).kind, torch.allclose(model.decode(model.encode(x)), x, atol=1e-6)
     ('exact', True)
@@ -119,7 +119,7 @@ class Glow(Model):
         condition: Space | None = None,
         *,
         levels: int | None = None,
-        steps: int = 8,
+        depth: int = 8,
         width: int = 128,
         coupling: Literal["affine", "additive"] = "affine",
         convolution: Literal["lu", "plain"] = "lu",
@@ -131,8 +131,8 @@ class Glow(Model):
             raise ValueError(f"coupling: expected 'affine' or 'additive', got {coupling!r}")
         if convolution not in ("lu", "plain"):
             raise ValueError(f"convolution: expected 'lu' or 'plain', got {convolution!r}")
-        if steps < 1 or width < 1 or (levels is not None and levels < 1):
-            raise ValueError(f"levels, steps, width: expected at least 1, got {levels}, {steps}, {width}")
+        if depth < 1 or width < 1 or (levels is not None and levels < 1):
+            raise ValueError(f"levels, depth, width: expected at least 1, got {levels}, {depth}, {width}")
         self.latent_dim = space.dims
         self.features, self.embedding, context = None, None, 0
         if condition is not None:
@@ -142,7 +142,7 @@ class Glow(Model):
             Chain(
                 *(
                     GlowStep(channels, width, context, coupling == "additive", convolution == "plain")
-                    for _ in range(steps)
+                    for _ in range(depth)
                 )
             )
             for channels, _, _ in _shapes(space.shape, levels)
@@ -185,7 +185,7 @@ class Glow(Model):
     @classmethod
     def tiny(cls, space: Space, condition: Space | None = None) -> Glow:
         """Two levels of one step each, with weights that make every part matter."""
-        model = cls(space, condition, levels=2, steps=1, width=4)
+        model = cls(space, condition, levels=2, depth=1, width=4)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             for parameter in model.parameters():
