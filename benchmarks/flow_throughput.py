@@ -40,6 +40,7 @@ BATCH, STEPS, RATE = 256, 10, 1e-3
 def take_part(kind: str, dims: int, samples: int, rounds: int) -> None:
     """A player: its turns."""
     import torch
+
     from density import FLOWS
 
     torch.set_num_threads(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 import likely
 from likely.contract import Table, Unsupported
 from likely.models import find, names
+from likely.training import TrainOptions
 
 QUICK = {"steps": 60, "hidden": (16,), "latent_dim": 2, "progress": False}
 
@@ -245,9 +248,25 @@ def test_damaged_and_foreign_runs_are_refused(tmp_path) -> None:  # type: ignore
 
 
 @pytest.mark.parametrize("model", names())
+def test_options_of_models_and_of_training_have_names_of_their_own(model: str) -> None:
+    """``likely fit`` takes both in one list."""
+    own = set(inspect.signature(find(model)).parameters)
+    assert not own & {field.name for field in dataclasses.fields(TrainOptions)} - {"seed"}
+
+
+#: Options with which a model is quick on digits.
+SMALL = {
+    "glow": {"width": 8, "depth": 1},
+    "masked_diffusion": {"width": 32, "layers": 1},
+    "transformer": {"width": 32, "layers": 1},
+    "vdm": {"network": "mlp", "network_options": {"width": 32, "depth": 1}},
+}
+
+
+@pytest.mark.parametrize("model", names())
 def test_every_model_saves_and_loads(model: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    length = {} if find(model).closed_form else {"steps": 20}
-    fitted = likely.fit("digits", model, test_fraction=0.5, progress=False, **length)
+    length = {} if find(model).closed_form else {"steps": 10}
+    fitted = likely.fit("digits", model, test_fraction=0.1, progress=False, **length, **SMALL.get(model, {}))
     fitted.save(tmp_path / "run")
     again = likely.load(tmp_path / "run")
     digits = fitted.sample(10, seed=0)

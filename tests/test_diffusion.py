@@ -816,7 +816,7 @@ def perfect(steps: int | None, gamma_min: float | None = None, gamma_max: float 
         Integers((2,), 4),
         network="mlp",
         network_options={"width": 8},
-        steps=steps,
+        timesteps=steps,
         gamma_min=gamma_min,
         gamma_max=gamma_max,
         bound_levels=32,
@@ -968,7 +968,7 @@ def test_networks_see_the_last_bits_of_fine_levels() -> None:
 def test_refusals_say_what_is_wrong() -> None:
     vector, given = Integers((2,), 4), Integers((1,), 3)
     for options, message in (
-        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"timesteps": 0}, "timesteps: expected at least 1, got 0"),
         ({"weighting": "edm", "learn_ends": True}, "weighting: learned ends and a chain"),
         ({"condition_dropout": 0.1}, "no condition to hide"),
         ({"sampler": "euler"}, "sampler: expected one of ancestral, ddim, heun, dpm, sde, got 'euler'"),

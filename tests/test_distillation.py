@@ -198,9 +198,9 @@ def vdm(space=None, **options) -> VDM:
 
 
 def test_a_student_is_a_copy_with_half_the_steps_and_an_ordinary_model() -> None:
-    teacher = vdm(steps=8)
+    teacher = vdm(timesteps=8)
     student = teacher.student()
-    assert (student.steps, student.sample_steps, student.sampler) == (4, 4, "ddim")
+    assert (student.timesteps, student.sample_steps, student.sampler) == (4, 4, "ddim")
     assert set(student.state_dict()) == set(teacher.state_dict())
     x = torch.randint(0, 4, (5, 1, 2, 2)).float()
     student.initialise([(x, None)])  # which would set its scales anew
@@ -210,12 +210,12 @@ def test_a_student_is_a_copy_with_half_the_steps_and_an_ordinary_model() -> None
     copied.load_state_dict(student.state_dict())
     assert copied.teacher is None
     assert torch.equal(copied.bound(x, noise=stream()).nats, student.bound(x, noise=stream()).nats)
-    assert vdm(sample_steps=6).student().steps == 3  # a model in continuous time has its sampler's steps
-    assert student.student().student().steps == 1
+    assert vdm(sample_steps=6).student().timesteps == 3  # a model in continuous time has its sampler's steps
+    assert student.student().student().timesteps == 1
 
 
 def test_a_student_learns_what_its_teacher_does_in_two_steps() -> None:
-    teacher = vdm(steps=8, gamma_min=-4.0, gamma_max=3.0)
+    teacher = vdm(timesteps=8, gamma_min=-4.0, gamma_max=3.0)
     student = teacher.student()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     x = torch.randint(0, 4, (64, 1, 2, 2), generator=torch.Generator().manual_seed(1)).float()
@@ -254,7 +254,7 @@ def test_students_of_conditions_and_tables() -> None:
 
 # Latent diffusion ------------------------------------------------------------------------------------------------
 
-CHAIN = {"network": "mlp", "network_options": {"width": 8, "depth": 1, "waves": 4}, "steps": 3,
+CHAIN = {"network": "mlp", "network_options": {"width": 8, "depth": 1, "waves": 4}, "timesteps": 3,
          "gamma_min": -2.0, "gamma_max": 1.5, "bound_levels": 3}  # fmt: skip
 
 

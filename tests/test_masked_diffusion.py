@@ -114,7 +114,7 @@ def chain_bound(model: MaskedDiffusion, x: Tensor, rates: Sequence[float]) -> fl
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_bound_of_a_chain_of_steps(schedule: str) -> None:
     x, steps = STATES[11:12], 4
-    model = scrambled(SPACE, steps=steps, schedule=schedule)
+    model = scrambled(SPACE, timesteps=steps, schedule=schedule)
     rates = [i / steps if schedule == "linear" else math.sin(math.pi * i / steps / 2) for i in range(steps + 1)]
     expected = chain_bound(model, x, rates)
     inside = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(rates)])  # a τ between all rates
@@ -178,7 +178,7 @@ def test_samples_have_the_frequencies_of_all_orders() -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_samples_of_a_chain_reveal_cells_together(schedule: str) -> None:
-    model = scrambled(SPACE, steps=2, schedule=schedule)
+    model = scrambled(SPACE, timesteps=2, schedule=schedule)
     middle = 0.5 if schedule == "linear" else math.sin(math.pi / 4)
     p = torch.zeros(len(STATES), dtype=torch.float64)
     for late in itertools.product([False, True], repeat=3):  # which cells the second step reveals
@@ -238,7 +238,7 @@ def test_the_codec_reveals_cells_in_orders_that_both_sides_know(space: Space) ->
 
 def test_a_chain_of_steps_has_no_codec() -> None:
     with pytest.raises(NoCodec, match="steps"):
-        scrambled(SPACE, steps=4).codec()
+        scrambled(SPACE, timesteps=4).codec()
     with pytest.raises(NoCodec, match="missing"):
         scrambled(Tokens(3, 3, missing=True)).codec()
 
@@ -247,7 +247,7 @@ def test_a_chain_of_steps_has_no_codec() -> None:
     ("options", "message"),
     [
         ({"schedule": "quadratic"}, "schedule: expected 'linear' or 'cosine', got 'quadratic'"),
-        ({"steps": 0, "masks": 0}, "masks: expected 1 or more, got 0"),
+        ({"timesteps": 0, "masks": 0}, "masks: expected 1 or more, got 0"),
         ({"layers": 0}, "layers: expected 1 or more, got 0"),
     ],
 )

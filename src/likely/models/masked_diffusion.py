@@ -15,7 +15,7 @@ Hoogeboom et al. 2022, arXiv 2110.02037, eq. 4): revealing one cell at a time in
 
     p(x) = E_σ Π_i p(x_σi | x_σ1 … x_σ(i−1)),  and the bound is E_σ Σ_i log p(x_σi | ·).
 
-So this is what is evaluated, trained, sampled and coded here.  With ``steps`` = T there is a chain of T steps instead,
+So this is what is evaluated, trained, sampled and coded here.  With ``timesteps`` = T there is a chain of T steps,
 
     log p_T(x) ≥ Σ_{i=1}^T ((u_i − u_{i−1}) / u_i) E_{M ~ u_i} [ Σ_{n ∈ M} log μ(x_n | x without M) ],    u_i = u(i/T),
 
@@ -74,7 +74,7 @@ class MaskedDiffusion(Model):
         dropout: share of each branch's units dropped in training.
         likelihood: ``auto`` or a name of :func:`likely.distributions.likelihoods`.
         likelihood_options: options of the likelihood.
-        steps: T, of the chain that is bounded and sampled; None for continuous time, which reveals one cell at a time.
+        timesteps: T, of the chain that is bounded and sampled; None for continuous time, which reveals cell by cell.
         schedule: of the chain: u(t) = t (``linear``) or sin(πt/2) (``cosine``); continuous time has the same bound
             under all.
         masks: masks that the bound of an example is averaged over, of evenly spread sizes; more make it less noisy.
@@ -100,18 +100,18 @@ class MaskedDiffusion(Model):
         dropout: float = 0.0,
         likelihood: str = "auto",
         likelihood_options: Mapping[str, Any] | None = None,
-        steps: int | None = None,
+        timesteps: int | None = None,
         schedule: Literal["linear", "cosine"] = "linear",
         masks: int = 1,
     ) -> None:
         super().__init__(space, condition)
-        for name, number in (("width", width), ("layers", layers), ("hidden", hidden or 1), ("steps", steps or 1),
-                             ("masks", masks)):  # fmt: skip
+        for name, number in (("width", width), ("layers", layers), ("hidden", hidden or 1),
+                             ("timesteps", timesteps or 1), ("masks", masks)):  # fmt: skip
             if number < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {number}")
         if schedule not in ("linear", "cosine"):
             raise ValueError(f"schedule: expected 'linear' or 'cosine', got {schedule!r}")
-        self.width, self.steps, self.schedule, self.masks = width, steps, schedule, masks
+        self.width, self.timesteps, self.schedule, self.masks = width, timesteps, schedule, masks
         self.cells = Alphabet(space, width, likelihood, likelihood_options, extra=1)
         self.place = nn.Parameter(torch.zeros(space.dims, width))
         self.layers = TransformerLayers(
@@ -165,32 +165,32 @@ class MaskedDiffusion(Model):
             time: uniform, shape ``(n, 1)``: which k, or which step.
             present: D, shape ``(n, 1)``.
         """
-        if self.steps is None:
+        if self.timesteps is None:
             k = (time * present).long() + 1
             weight = present / k  # 1 / k is what the integral over u leaves, and the chance of k is 1 / D
             return (tau.argsort(1).argsort(1) < k) & (tau < 1.5), weight.to(self.place.dtype)
-        step = (time * self.steps).long().clamp(max=self.steps - 1) + 1
+        step = (time * self.timesteps).long().clamp(max=self.timesteps - 1) + 1
         rates = self._rates(time)
         u, before = rates[step], rates[step - 1]
-        weight = self.steps * (u - before) / u  # one step stands for all
+        weight = self.timesteps * (u - before) / u  # one step stands for all
         return tau < u, weight.to(self.place.dtype)
 
     def _rates(self, like: Tensor) -> Tensor:
         """u_0 … u_T, shape ``(T + 1,)``."""
-        assert self.steps is not None
-        t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+        assert self.timesteps is not None
+        t = torch.arange(self.timesteps + 1, dtype=torch.float64) / self.timesteps
         rates = t if self.schedule == "linear" else torch.sin(0.5 * math.pi * t)
         return rates.to(like)
 
     def _reveals(self, tau: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What is masked, and what of it is revealed next, of the cells that are hidden: backwards in time."""
-        if self.steps is None:
+        if self.timesteps is None:
             place = tau.masked_fill(~hidden, 2.0).argsort(1).argsort(1)
             for i in reversed(range(tau.shape[1])):
                 yield hidden & (place <= i), hidden & (place == i)
             return
         rates = self._rates(tau)
-        for i in range(self.steps, 0, -1):
+        for i in range(self.timesteps, 0, -1):
             masked = hidden & (tau < rates[i])
             yield masked, masked & (tau >= rates[i - 1])
 
@@ -237,7 +237,7 @@ class MaskedDiffusion(Model):
             if not bool(revealed.any()):
                 continue
             h = self._hidden(x, masked, context)
-            if self.steps is None:  # at most one cell of each example
+            if self.timesteps is None:  # at most one cell of each example
                 place = revealed.to(torch.int8).argmax(1)
                 cells = self.cells.law(h[torch.arange(len(x), device=x.device), place], 0).sample(noise)
             else:
@@ -253,10 +253,10 @@ class MaskedDiffusion(Model):
         It costs, on average over the orders, the bound; every cell takes a pass of the network.
 
         Raises:
-            NoCodec: with ``steps``, whose chain is a looser model than the one that can be coded; or with holes.
+            NoCodec: with ``timesteps``, whose chain is a looser model than the one that can be coded; or with holes.
         """
-        if self.steps is not None:
-            raise NoCodec("a chain of so many steps costs more than revealing one cell at a time; use steps=None")
+        if self.timesteps is not None:
+            raise NoCodec("a chain of so many steps costs more than revealing one cell at a time; use timesteps=None")
         if self.space.missing:
             raise NoCodec("the order in which cells are revealed is made for examples without missing cells")
         from likely.coding.sequential import SequentialCodec

@@ -9,7 +9,7 @@
     continuous time:   L_diff = ½ ∫_{γ_0}^{γ_1} E |ε − ε̂(z_γ; γ)|² dγ,   the limit T → ∞
 
 Symbols: x example, f(x) its real numbers, z noisy example, ε its noise, γ = −log SNR, c condition, x̂ and ε̂ what the
-network makes of z.  The two bounds speak of two models, the chain of T steps and its limit; ``steps`` says which.
+network makes of z.  The two bounds speak of two models, the chain of T steps and its limit; ``timesteps`` says which.
 
 The bound is never weighted, clipped or dropped out of; the loss may be (``weighting``, ``levels``,
 ``condition_dropout``).  A missing cell takes no part: the network is told which cells there are, and the bound is one
@@ -78,7 +78,7 @@ class VDM(Model):
         parameterisation: what the network's output means: ``levels`` (a tilt of each cell's distribution, for up to
             some hundred levels), ``f`` (EDM's), ``v``, ``eps`` (VDM's), ``x`` or ``score``; ``auto``: ``levels`` for up
             to 32 levels, else ``f``.
-        steps: T, number of steps of the chain that the bound speaks of; None for continuous time.
+        timesteps: T, number of steps of the chain that the bound speaks of; None for continuous time.
         gamma_min, gamma_max: γ_0 and γ_1.  By default γ_0 suits the spacing of the data (−13.3 for 256 levels).
         learn_ends: whether γ_0 and γ_1 are trained, on the bound.
         levels: density of the levels in training, and grid of the steps: ``linear``, ``cosine``, ``lognormal``,
@@ -117,7 +117,7 @@ class VDM(Model):
         network: str = "auto",
         network_options: Mapping[str, Any] | None = None,
         parameterisation: str = "auto",
-        steps: int | None = None,
+        timesteps: int | None = None,
         gamma_min: float | None = None,
         gamma_max: float = 5.0,
         learn_ends: bool = False,
@@ -133,7 +133,7 @@ class VDM(Model):
         guidance: float = 1.0,
     ) -> None:
         super().__init__(space, condition)
-        for name, value in (("steps", steps), ("bound_levels", bound_levels), ("embedding_dim", embedding_dim),
+        for name, value in (("timesteps", timesteps), ("bound_levels", bound_levels), ("embedding_dim", embedding_dim),
                             ("sample_steps", sample_steps)):  # fmt: skip
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -143,7 +143,7 @@ class VDM(Model):
             raise Unsupported("condition_dropout: this model has no condition to hide")
         if guidance != 1.0 and not condition_dropout:
             raise Unsupported("guidance: needs a model trained without its condition too: condition_dropout above 0")
-        if weighting != "elbo" and (learn_ends or steps is not None):
+        if weighting != "elbo" and (learn_ends or timesteps is not None):
             raise Unsupported("weighting: learned ends and a chain of T steps are trained on the bound; use 'elbo'")
         if isinstance(space, Table) and gamma_min is None and levels in ("cosine", "lognormal"):
             raise Unsupported(
@@ -151,9 +151,9 @@ class VDM(Model):
             )
         find_sampler(sampler)
         if levels == "auto":
-            levels = "adaptive" if steps is None else "linear"
-        self.steps, self.bound_levels, self.condition_dropout = steps, bound_levels, condition_dropout
-        self.sampler, self.sample_steps, self.guidance = sampler, sample_steps or steps or 128, guidance
+            levels = "adaptive" if timesteps is None else "linear"
+        self.timesteps, self.bound_levels, self.condition_dropout = timesteps, bound_levels, condition_dropout
+        self.sampler, self.sample_steps, self.guidance = sampler, sample_steps or timesteps or 128, guidance
 
         self.data = make_data(space, embedding_dim)
         self._gamma_of_data = gamma_min is None
@@ -191,7 +191,7 @@ class VDM(Model):
     # The bound -----------------------------------------------------------------------------------------------
 
     def bound(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Bound:
-        """A lower bound on log p(x | c) in nats, of the chain in ``steps`` or of its limit.
+        """A lower bound on log p(x | c) in nats, of the chain in ``timesteps`` or of its limit.
 
         Without a condition, where ``condition_dropout`` trained the model for that: on log p(x).
         """
@@ -214,7 +214,7 @@ class VDM(Model):
                 self.ends,
                 noise,
                 self.bound_levels,
-                self.steps,
+                self.timesteps,
                 seen.context,
                 seen.coordinates,
             )
@@ -237,7 +237,7 @@ class VDM(Model):
     def _bound_density(self) -> Levels:
         """Where the bound draws its levels: the schedule of a chain; else what was learned to that end, or evenly."""
         learned = self.unweighted and isinstance(self.levels, Adaptive | Learned)
-        return cast(Levels, self.levels) if learned or self.steps is not None else Linear()
+        return cast(Levels, self.levels) if learned or self.timesteps is not None else Linear()
 
     # The loss ------------------------------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ class VDM(Model):
         prior = self._prior(seen).flatten(1).sum(1)
 
         u = spread_over_batch(noise, len(x)).unsqueeze(1).to(seen.f)
-        drawn = draw(cast(Levels, self.levels), self.ends, u, self.steps)
+        drawn = draw(cast(Levels, self.levels), self.ends, u, self.timesteps)
         eps = noise.normal((len(x), 1, *self.data.shape)).to(seen.f)
         errors = squared_errors(self.denoise, seen.f, drawn.gamma, eps, seen.context, seen.coordinates)
         w = self.weighting(-drawn.gamma)
@@ -284,8 +284,8 @@ class VDM(Model):
         Args:
             steps: T of the student; by default half of this model's steps (of its sampler's, in continuous time).
         """
-        steps = (self.steps or self.sample_steps) // 2 if steps is None else steps
-        options = {"steps": steps, "sampler": "ddim", "sample_steps": None, "weighting": "elbo"}
+        steps = (self.timesteps or self.sample_steps) // 2 if steps is None else steps
+        options = {"timesteps": steps, "sampler": "ddim", "sample_steps": None, "weighting": "elbo"}
         student = VDM(self.space, self.condition, **{**self.config, **options, "weighting_options": None})
         student.to(self.ends.high)
         state = self.state_dict()
@@ -308,10 +308,10 @@ class VDM(Model):
 
     def _distillation_loss(self, x: Tensor, condition: Tensor | None, noise: Noise) -> Loss:
         """w |x* − x̂|² per dimension, which is not nats."""
-        assert self.teacher is not None and self.steps is not None
+        assert self.teacher is not None and self.timesteps is not None
         teacher = self.teacher.to(self.ends.high)
         seen = teacher._see(x, teacher._context(len(x), condition))
-        levels = grid(cast(Levels, self.levels), teacher.ends, 2 * self.steps)
+        levels = grid(cast(Levels, self.levels), teacher.ends, 2 * self.timesteps)
         error = distillation_error(self.denoise, teacher.denoise, seen.f, levels, noise, seen.context, seen.coordinates)
         return Loss(error.mean() / self.space.dims, {"distillation": error.mean().detach()})
 
@@ -351,7 +351,7 @@ class VDM(Model):
             denoise = guided(denoise, without, guidance)
         z = noise.normal((n, *self.data.shape)).to(self.ends.high)
         # What has the least variance in the bound is no grid for a sampler.
-        even = self.steps is None and isinstance(self.levels, Adaptive | Learned)
+        even = self.timesteps is None and isinstance(self.levels, Adaptive | Learned)
         levels = grid(Linear() if even else cast(Levels, self.levels), self.ends, steps or self.sample_steps)
         z = find_sampler(sampler or self.sampler)(denoise, z, levels, noise, context)
         return self.data.draw(z / self._alpha_0, self.ends.low, noise)
@@ -478,7 +478,7 @@ class VDM(Model):
             condition,
             network="mlp",
             network_options={"width": 8, "depth": 1, "waves": 4},
-            steps=3,
+            timesteps=3,
             gamma_min=-2.0,
             gamma_max=1.5,
             bound_levels=3,
