@@ -171,7 +171,7 @@ class Search:
             self._moments[j] = f.T @ f, f.T @ y, float(y @ y), len(y)
         gram, along, squares, n = self._moments[j]
         chosen = gram[np.ix_(picked, picked)] + _RIDGE * (n + 1) * np.eye(len(picked))
-        coefficients = np.linalg.solve(chosen, along[picked])
+        coefficients: Floats = np.linalg.solve(chosen, along[picked]).astype(np.float64, copy=False)
         return coefficients, max(squares - float(coefficients @ along[picked]), 1e-6 * n + 1e-12), n
 
     # The search ----------------------------------------------------------------------------------------------
@@ -327,6 +327,9 @@ class Sketch(nn.Module):
         self.register_buffer("_width", widths, persistent=False)
         first = torch.tensor([0, *states[:-1]] if states else []).long().cumsum(0)
         self.register_buffer("_first_state", first, persistent=False)
+        self._output_code: Tensor
+        self._width: Tensor
+        self._first_state: Tensor
         #: place of the first number of each column of codes in the table, −1 where there is none
         self.register_buffer("starts", torch.full((len(self.coded),), -1))
         #: what the state of a column counts in the joint state of the parents of another
@@ -386,7 +389,7 @@ class Sketch(nn.Module):
                 self.slopes[place, i] = values[0]
                 self.absent_effects[place, i] = values[1] if len(values) > 1 else 0.0
             elif values:
-                start = int(self._first_state[self.coded.index(p)])  # type: ignore[operator]
+                start = int(self._first_state[self.coded.index(p)])
                 self.effects[start + 1 : start + 1 + len(values), i] = torch.tensor(values, dtype=torch.float64)
         return math.sqrt(squares / max(n, 1))
 
@@ -406,7 +409,7 @@ class Sketch(nn.Module):
             part = (z.unsqueeze(-1) >= self.cuts).long().sum(-1)
             state[:, self.numeric] = torch.where(absent[:, self.numeric], torch.full_like(part, BINS), part)
         if self.coded:
-            levels = self._width.expand(len(x), -1)  # type: ignore[operator]
+            levels = self._width.expand(len(x), -1)
             state[:, self.coded] = torch.where(absent[:, self.coded], levels, state[:, self.coded])
         return self._log_probs(state), self._means(z, state, absent)
 
@@ -427,7 +430,7 @@ class Sketch(nn.Module):
             total = total + torch.where(gone, self.absent_effects[i].expand_as(total), value * self.slopes[i])
         if self.numeric:
             for i, j in enumerate(self.coded):
-                total = total + self.effects[self._first_state[i] + state[:, j]]  # type: ignore[index]
+                total = total + self.effects[self._first_state[i] + state[:, j]]
         return total
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -447,7 +450,7 @@ def smoothed(rows: Rows, j: int, parents: Sequence[int]) -> Floats:
     """
     levels, code = rows.levels[j], rows.codes[:, j]
     known = code < levels
-    p = (np.bincount(code[known], minlength=levels) + 0.5)[None]
+    p: Floats = (np.bincount(code[known], minlength=levels)[None] + 0.5).astype(np.float64, copy=False)
     p /= p.sum()
     for k in range(1, len(parents) + 1):
         state, size = _states(rows, parents[:k])

@@ -227,8 +227,9 @@ def _noise_flow(
     flow = []
     for step in range(depth):
         order = range(cells) if step % 2 == 0 else range(cells - 1, -1, -1)
-        flow.append(Inverse(Autoregressive(Affine(LIMIT), cells, hidden=(width,), context=width, order=order)))
-        nn.init.zeros_(flow[-1].bijection.network.output.weight)
+        step_of_q = Autoregressive(Affine(LIMIT), cells, hidden=(width,), context=width, order=order)
+        nn.init.zeros_(step_of_q.network.output.weight)
+        flow.append(Inverse(step_of_q))
     network = nn.Sequential(nn.Flatten(), MLP(math.prod(features.shape), (width,), "relu"))
     return network, Chain(*flow)
 

@@ -574,7 +574,7 @@ class Spelling:
     def read(self, cells: Tensor) -> Tensor:
         """The batch of rows of cells."""
         if self.split:
-            pieces = []
+            pieces: list[Tensor] = []
             for i in range(len(self.source)):
                 if i in self.split:
                     pieces[-1] = pieces[-1] * self.split[i][0] + cells[:, i]
@@ -708,7 +708,7 @@ class _Member(nn.Module):
         Args:
             x: shape ``(n, cells)``, NaN where unknown or missing.
         """
-        dtype = self.head.output.bias.dtype
+        dtype: torch.dtype = self.head.output.bias.dtype  # type: ignore[assignment,union-attr]
         shown = x if self.spelling.columns or self.spelling.inner.missing else x.nan_to_num(0.0)
         h = self.features(shown, dtype)  # type: ignore[arg-type]
         if self.parts is not None:

@@ -409,6 +409,11 @@ class VAE(Model):
         vae = exact.module
         assert isinstance(vae, VAE)
 
+        def posterior(x: Tensor, condition: Tensor | None) -> Normal:
+            q = vae.posterior(x, vae._context(condition))
+            assert isinstance(q, Normal)
+            return q
+
         def likelihood(z: Tensor, condition: Tensor | None) -> Distribution:
             return vae.likelihood(z, vae._context(condition))
 
@@ -419,7 +424,7 @@ class VAE(Model):
         return LatentCodec(
             self.space,
             exact,
-            lambda x, condition: vae.posterior(x, vae._context(condition)),
+            posterior,
             likelihood,
             prior,
             self.latent_dim,

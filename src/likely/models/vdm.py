@@ -50,7 +50,7 @@ from likely.diffusion.bound import (
     squared_errors,
     weighted_error,
 )
-from likely.diffusion.data import Data, LevelData, RealData, TableData, make_data
+from likely.diffusion.data import LevelData, RealData, SymbolData, TableData, make_data
 from likely.diffusion.distillation import distillation_error
 from likely.diffusion.levels import Adaptive, Ends, Learned, Levels, Linear, draw, grid, make_levels, spread_over_batch
 from likely.diffusion.likelihood import EXACT_CELLS, flow, log_density
@@ -550,7 +550,7 @@ class VDM(Model):
         return cells.flatten(1) if self.space.missing else cells.flatten(1)[:, :0]
 
 
-def _fine(data: Data) -> dict[str, Any]:
+def _fine(data: LevelData | RealData | SymbolData | TableData) -> dict[str, Any]:
     """Fourier features that show the last two bits of 2ᵇ levels, and how far off its level a value is."""
     levels = data.levels if isinstance(data, LevelData) else 0
     bits = levels.bit_length() - 1

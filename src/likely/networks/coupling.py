@@ -30,11 +30,10 @@ class CouplingNetwork(nn.Module):
         self.second = nn.Conv2d(width, width, 1)
         self.last = nn.Conv2d(width, out_channels, 3, padding=1)
         self.context_map = nn.Conv2d(context, width, 1, bias=False) if context else None
-        for layer in (self.first, self.second):
-            nn.init.normal_(layer.weight, 0.0, 0.05)
+        for layer in (self.first, self.second, self.last):
+            nn.init.normal_(layer.weight, 0.0, 0.05 if layer is not self.last else 0.0)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -221,7 +221,8 @@ class _Lean(torch.autograd.Function):
 def _plain_backward(ctx: Any, gradient: Tensor) -> list[Tensor | None]:
     arguments = ctx.saved_tensors[:8]
     wanted = [part for part, needed in zip(arguments, ctx.needs_input_grad) if needed]
-    found = iter(torch.autograd.grad(plain(*arguments, ctx.groups), wanted, gradient, create_graph=True))
+    y = plain(*arguments, ctx.groups)  # type: ignore[call-arg]
+    found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:8]]
 
 

@@ -228,6 +228,7 @@ class Double(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, height, width, channels = x.shape
         weight, bias = self.convolution.weight, self.convolution.bias
+        assert bias is not None
         meets = weight.new_tensor(self.MEETS)
         four = torch.einsum("pak,qbl,oikl->pqoiab", meets, meets, weight).flatten(0, 2)
         y = F.conv2d(

@@ -301,7 +301,7 @@ class UpdateRule(Optimizer):
         if not elementwise:
             bucket.gradients = [whole(g, handle) for g, handle in zip(bucket.gradients, bucket.handles)]
         update = self.update(bucket, group)
-        terms: Sequence[Sequence[Tensor]] = [update] if isinstance(update[0], Tensor) else update  # type: ignore
+        terms = [list(u) for u in ([update] if isinstance(update[0], Tensor) else update)]  # type: ignore[arg-type]
         if not elementwise:
             terms = [[part(u, handle) for u, handle in zip(term, bucket.handles)] for term in terms]
         if weight_decay and group["decay"] != "l2":  # θ ← θ − (α_t or η_t) λ θ
