@@ -185,9 +185,9 @@ def test_networks_start_with_standard_hidden_layers_and_zero_output() -> None:
 
 def test_reduced_temperature_scales_the_latent_vector() -> None:
     model = shaken(tiny_glow())
-    z = torch.cat([stream(5).normal((6, 16))]).double()
+    z = 0.7 * stream(5).normal((6, 16))
     drawn = model.sample(6, None, TemperedNoise(stream(5), 0.7))
-    torch.testing.assert_close(drawn, model.decode(0.7 * z))
+    torch.testing.assert_close(drawn, model.decode(z.double()))
     frozen = model.sample(6, None, TemperedNoise(stream(5), 0.0))
     assert float((frozen - frozen[:1]).abs().max()) == 0.0
     assert torch.equal(model.sample(6, None, TemperedNoise(stream(5), 1.0)), model.sample(6, None, stream(5)))
