@@ -40,7 +40,7 @@ def main() -> None:
     drawn = [np.asarray(fitted.sample(16, seed=1, temperature=t)).reshape(16, 8, 8) for t in TEMPERATURES]
     sheet(np.stack(drawn), arguments.out / "glow-temperatures.png")
     x = fitted.schema.read("digits").x
-    path = interpolate(fitted.model, x[:6], x[10:16], steps=16)
+    path = interpolate(fitted.model, x[:6], x[12:18], steps=16)
     sheet(path.transpose(0, 1).reshape(6, 16, 8, 8).numpy(), arguments.out / "glow-interpolations.png")
 
 
