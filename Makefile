@@ -1,6 +1,7 @@
 # Two commands for a fresh machine: `make demo` and `make test`.  Both set up their own environment in .venv first.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
@@ -25,7 +26,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 tests: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 mutants: $(READY)  ## inject the classical bugs one at a time; every one must be caught
 	$(BIN)/python tests/mutants.py
