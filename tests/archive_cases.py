@@ -141,6 +141,16 @@ CASES: dict[str, Case] = {
     "gaussian-table": Case("table.csv", lambda: table(floats=False), "gaussian", {}),
     "independent-table": Case("table.csv", lambda: table(floats=True), "independent", {"components": 2, "values": 8}),
     "independent-counts": Case("counts.npy", lambda: npy(counts()), "independent", {}, {"space": "counts"}),
+    "made-table": Case("table.csv", lambda: table(floats=False), "made", {"hidden": (8,), "embedding_dim": 2}),
+    "made-any": Case(
+        "table.csv",
+        lambda: table(floats=True),
+        "made",
+        {"hidden": (8,), "embedding_dim": 2, "order": "any", "sketch": False},
+    ),
+    "transformer-tokens": Case("words.txt", words, "transformer", {"width": 8, "layers": 1}, {"format": "lines"}),
+    "transformer-table": Case("table.csv", lambda: table(floats=False), "transformer", {"width": 8, "layers": 1}),
+    "masked-tokens": Case("words.txt", words, "masked_diffusion", {"width": 8, "layers": 1}, {"format": "lines"}),
     "pixelcnn-image": Case(
         "image.npy",
         lambda: npy(images(60, 8)),
