@@ -10,7 +10,7 @@ begins with is in the last 5 %), choose the weights to keep.  The numbers:
     running    every byte given at least 192 bytes before it (evaluation.sequences.running_nats, stride 64)
     file       bytes that the codec writes for the chunks, the model not included
 
-    LIKELY_DATA=… python benchmarks/text.py --cpu-seconds 900 --run /tmp/shakespeare --out benchmarks/results/text
+    LIKELY_DATA=… python benchmarks/text.py --cpu-seconds 900 --run DIR --out benchmarks/results/text
 
 A run that was stopped goes on where it was; a finished one is evaluated again.
 """
