@@ -75,11 +75,6 @@ class ChannelCoupling(Bijection):
         moved, log_slope = self.elementwise.inverse(moved, self._numbers(kept, context))
         return torch.cat([kept, moved], 1), log_slope.sum((1, 2, 3))
 
-    @torch.no_grad()
-    def initialise(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Scale the hidden layers of the network."""
-        self.network.initialise(x[:, : self.kept], context)
-
 
 class GaussianPrior(nn.Module):
     """The law of channels y that leave a multi-scale flow, normal with means and scales from what stays behind.

@@ -29,7 +29,7 @@ from likely.contract import Batches, Bound, Model, Reals, Space, Unsupported, no
 from likely.networks import Features, Linear, full_precision
 from likely.noise import Noise
 
-#: Width of the vector that the condition becomes, and examples that ActNorm and the networks start from.
+#: Width of the vector that the condition becomes, and examples that ActNorm starts from.
 CONTEXT, STARTING_EXAMPLES = 64, 512
 #: Bound on the log-scale of an affine coupling: a deep chain stays invertible in float32.
 LIMIT = 2.0
@@ -79,9 +79,8 @@ class GlowStep(Bijection):
 
     @torch.no_grad()
     def initialise(self, x: Tensor, context: Tensor | None = None) -> None:
-        """ActNorm, and the hidden layers of the coupling's network."""
+        """Mean and scale of ActNorm."""
         self.norm.initialise(x)
-        self.coupling.initialise(self._mixed(x)[0], context)
 
 
 class Glow(Model):
@@ -169,7 +168,7 @@ class Glow(Model):
         return self.bijection.inverse(z.to(self._dtype), self._context(condition))[0]
 
     def initialise(self, batches: Batches) -> None:
-        """ActNorm and the hidden layers of the couplings from the first examples (section 3.1)."""
+        """ActNorm from the first examples (section 3.1)."""
         if self.features is not None:
             self.features.initialise(batches, of_condition=True)
         xs, contexts, count = [], [], 0
