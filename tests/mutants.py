@@ -393,8 +393,8 @@ MUTANTS = [
         contract("importance_weights", VAE, BITS),
         VAE,
         "bound",
-        "z = q.sample(noise)",
-        "z = q.mean",
+        "q.sample(noise)",
+        "q.mean",
     ),
     Mutant(
         "importance weights averaged in log space",
@@ -521,8 +521,8 @@ MUTANTS = [
         contract("gradients", VAE, BITS),
         VAE,
         "posterior",
-        "return Normal(mean,",
-        "log_scale = log_scale.detach(); return Normal(mean,",
+        "normal = Normal(mean,",
+        "log_scale = log_scale.detach(); normal = Normal(mean,",
     ),
     Mutant(
         "scale of the data not saved",

@@ -136,7 +136,8 @@ def test_the_columns_that_made_a_row_unlikely_are_named(fitted: likely.Fitted) -
     assert scores.reasons()[0].startswith("income (+")
     np.testing.assert_allclose(scores.column_nats.sum(1), scores.nats, rtol=1e-4)
     frame = scores.to_frame()
-    assert list(frame.columns[:4]) == ["nats", "tail_probability", "training_rank", "unlikely_because"]
+    first = ["nats", "tail_probability", "training_rank", "anomaly", "anomaly_probability", "unlikely_because"]
+    assert list(frame.columns[: len(first)]) == first
 
 
 def test_embeddings_are_deterministic(fitted: likely.Fitted) -> None:

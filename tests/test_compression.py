@@ -328,7 +328,8 @@ def test_mistakes_get_one_message(
 def test_an_interrupted_compression_leaves_nothing(tmp_path: Path) -> None:
     """SIGINT while the rows are coded: exit code 130, no file and no temporary one."""
     script = (
-        "import sys, time, likely.archive as archive\n"
+        "import signal, sys, time, likely.archive as archive\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent may have it ignored
         "from likely.cli import run\n"
         "first = archive.encode_rows\n"
         "def slow(*args, **more):\n"

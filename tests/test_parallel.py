@@ -20,7 +20,8 @@ from likely.coding.errors import Damaged, TooLarge
 from likely.coding.parallel import AHEAD, map_chunks
 
 SCRIPT = """
-import multiprocessing, sys
+import multiprocessing, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have it ignored
 from likely.coding.parallel import map_chunks
 from parallel_work import sleep
 

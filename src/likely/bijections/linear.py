@@ -207,4 +207,4 @@ def _everywhere(log_det: Tensor, x: Tensor) -> Tensor:
 
 
 def _rotation(features: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(features, features))[0]
+    return nn.init.orthogonal_(torch.empty(features, features))

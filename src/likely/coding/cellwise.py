@@ -26,6 +26,7 @@ from likely.coding.stack import Stack
 from likely.contract import Space
 from likely.distributions import Distribution
 from likely.exact import Network
+from likely.units import nats
 
 #: ``law(x, t, condition)``: the distribution of cell t, shape ``(n, 1)``, given the cells of x that are not NaN.
 Law: TypeAlias = Callable[[Tensor, int, "Tensor | None"], Distribution]
@@ -33,7 +34,6 @@ Law: TypeAlias = Callable[[Tensor, int, "Tensor | None"], Distribution]
 #: Parts of a bit to which the length of a cell is rounded before orders are compared.  No logarithm of a whole number
 #: below 2^28, but those of powers of two, is nearer to the middle between two parts than any library's rounding error.
 _PARTS = 1024.0
-_LN2 = 0.6931471805599453  # a weight of the draw, no conversion of what is reported
 
 
 class CellwiseCodec(RowsCodec):
@@ -102,7 +102,8 @@ class CellwiseCodec(RowsCodec):
                 for k in range(len(self.orders))
             ]
             bits = np.stack(lengths, 1)
-            return CategoricalCells((bits.min(1, keepdims=True) - bits) * (_LN2 / _PARTS), precision=MOST_PRECISION)
+            weights = nats((bits.min(1, keepdims=True) - bits) / _PARTS)
+            return CategoricalCells(weights, precision=MOST_PRECISION)
 
         return BitsBack(Uniform((n,), len(self.orders)), given, posterior)
 

@@ -445,8 +445,8 @@ def smoothed(rows: Rows, j: int, parents: Sequence[int]) -> Floats:
     """Equation (3): the probabilities of the codes of column j, shape ``(states of its parents, codes)``.
 
     >>> rows = Rows(np.array([[0.0, 0.0]] * 9 + [[1.0, 1.0]] * 9), [2, 2])
-    >>> smoothed(rows, 1, [0]).round(2).tolist()
-    [[0.99, 0.01], [0.01, 0.99]]
+    >>> smoothed(rows, 1, [0]).round(2).tolist()                # of codes 0 and 1, and of an unknown one
+    [[0.99, 0.01], [0.01, 0.99], [0.5, 0.5]]
     """
     levels, code = rows.levels[j], rows.codes[:, j]
     known = code < levels

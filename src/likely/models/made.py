@@ -473,7 +473,7 @@ class Made(Model):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             for parameter in self.parameters():
-                parameter.copy_(0.5 * torch.randn(parameter.shape))
+                nn.init.normal_(parameter, std=0.5)
             for member in self._each():
                 if isinstance(member.head, TableHead):
                     member.head.set_atoms(torch.tensor([0.0, 2.0]))
