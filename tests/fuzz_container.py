@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import importlib
 import io
 import json
@@ -387,6 +388,7 @@ def fuzz(
     def attempt(mutant: bytes) -> str:
         nonlocal armed
         try:
+            gc.disable()  # what an alarm raises in a callback of the collector is lost
             try:
                 armed = True
                 signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -394,6 +396,7 @@ def fuzz(
             finally:
                 armed = False
                 signal.setitimer(signal.ITIMER_REAL, 0)
+                gc.enable()
         except (FormatError, DataError) as error:
             return type(error).__name__
         except _TooSlow:
