@@ -1,13 +1,12 @@
 """All families on the same images for the same processor time: held-out bits/dim, one table.
 
 Every family trains for the same number of CPU seconds on one thread: the cost of a step is measured on steps that are
-    then
-thrown away, and the run has as many steps as fit, with a cosine decay to zero.  The weights kept are those of the best
-of a few evaluations on held-out training images.  The number is the bound of the contract on the test images, in
+then thrown away, and the run has as many steps as fit, with a cosine decay to zero.  The weights kept are those of the
+best of a few evaluations on held-out training images.  The number is the bound of the contract on the test images, in
 bits/dim, with what kind of number it is; nothing is weighted.  The VAE's importance-weighted bound and the diffusion
-model's bound in 64 levels cost evaluation time only.
+model's bound in 64 levels cost evaluation time only.  A picture shows the first samples of every family.
 
-    python benchmarks/families.py --minutes 2
+    python benchmarks/families.py --minutes 10 --out benchmarks/results/families_digits
     LIKELY_DATA=… python benchmarks/families.py --data mnist --minutes 10 --out benchmarks/results/families_mnist
 """
 
@@ -27,12 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import likely
 from likely import api, models
 from likely.contract import Integers, Model
 from likely.data import Dataset, infer_schema
+from likely.data.images import write_sheet
 from likely.evaluation import held_out, importance_weighted
+from likely.evaluation.heldout import evaluating
+from likely.noise import StreamNoise
 from likely.training import train
 from likely.units import bits_per_dim
 
@@ -84,9 +87,11 @@ CASES: dict[str, dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
         "pixelcnn": ("pixelcnn", {"width": 96, "positions": 64}, {"learning_rate": 2e-3}),
     },
 }
-TRAINING = {"batch_size": 128, "patience": None, "progress": False}
+TRAINING = {"batch_size": 128, "patience": None, "progress": False, "evaluate_examples": 200}
 #: Evaluations on held-out training images in a run.
 EVALUATIONS = 6
+#: Samples of each family in the picture: rows and columns.
+SAMPLES = (2, 20)
 
 
 def read(data: str) -> tuple[Dataset, Dataset, Dataset]:
@@ -113,8 +118,8 @@ def step_seconds(model: Model, data: Dataset, options: dict[str, Any]) -> float:
     return (time.process_time() - start) / steps
 
 
-def measure(name: str, data: str, minutes: float, seed: int, most: int | None) -> dict[str, Any]:
-    """Train a family and evaluate it on the test images."""
+def measure(name: str, data: str, minutes: float, seed: int, most: int | None) -> tuple[dict[str, Any], Tensor]:
+    """Train a family and evaluate it on the test images; with its first samples, uint8 of shape ``(n, height, width)``."""
     family, options, training = CASES[data][name]
     train_set, valid_set, test_set = read(data)
     if most is not None:
@@ -124,7 +129,7 @@ def measure(name: str, data: str, minutes: float, seed: int, most: int | None) -
     start = time.process_time()
     every = max(1, steps // EVALUATIONS)
     train(model, train_set, valid_set, steps=steps, evaluate_every=every, seed=seed, **TRAINING, **training)
-    cpu = time.process_time() - start
+    cpu = time.process_time() - start  # with the evaluations on held-out images, which the budget leaves out
     if hasattr(model, "bound_levels"):
         model.bound_levels = 64
     found = held_out(model, test_set)
@@ -144,7 +149,10 @@ def measure(name: str, data: str, minutes: float, seed: int, most: int | None) -
     if family == "vae":
         tight = importance_weighted(model, test_set, samples=200)
         row["importance_weighted_bits_per_dim"] = bits_per_dim(tight.nats, dims)
-    return row
+    with evaluating(model) as device:
+        samples = model.sample(math.prod(SAMPLES), noise=StreamNoise(torch.Generator().manual_seed(seed), device))
+    top = test_set.space.levels - 1
+    return row, (samples.squeeze(1).double() * (255 / top)).round().to(torch.uint8)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -154,7 +162,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         "Bounds are those of the contract on the test images; ± is the standard error over images.",
         "",
-        "| family | bits/dim | kind | parameters | steps | CPU s |",
+        "| family | bits/dim | kind | parameters | steps | CPU s with evaluations |",
         "|---|---|---|---|---|---|",
     ]
     for row in sorted(result["rows"], key=lambda row: row["bits_per_dim"]):
@@ -164,7 +172,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"| {row['name']} | {value} | {row['kind']} | {row['parameters']:,} | {row['steps']:,} | {row['cpu_seconds']} |"
         )
-    images = result["rows"][0]["test_images"]
+    images, names = result["rows"][0]["test_images"], ", ".join(row["name"] for row in result["rows"])
+    lines += ["", f"The picture beside this table: {SAMPLES[0]} rows of samples of each of {names}, from above."]
     lines += ["", f"{images:,} test images.  `{result['command']}`, {result['machine']}, {result['date']}.", ""]
     return "\n".join(lines)
 
@@ -184,9 +193,11 @@ def main() -> None:
     for name in wanted:
         if name not in known:
             parser.error(f"--families: expected some of {', '.join(sorted(known))}, got {name!r}")
-    rows = []
+    rows, pictures = [], []
     for name in wanted:
-        rows.append(measure(name, arguments.data, arguments.minutes, arguments.seed, arguments.test_images))
+        row, samples = measure(name, arguments.data, arguments.minutes, arguments.seed, arguments.test_images)
+        rows.append(row)
+        pictures.append(samples)
         print(f"{name}: {rows[-1]['bits_per_dim']:.4f} bits/dim", file=sys.stderr, flush=True)
     if not all(math.isfinite(row["bits_per_dim"]) for row in rows):
         raise SystemExit("a family has no finite number of bits")
@@ -203,6 +214,7 @@ def main() -> None:
     if arguments.out is not None:
         arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         arguments.out.with_suffix(".md").write_text(table(result), encoding="utf-8")
+        write_sheet(torch.cat(pictures).numpy(), arguments.out.with_suffix(".png"), across=SAMPLES[1])
 
 
 if __name__ == "__main__":

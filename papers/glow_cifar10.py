@@ -30,6 +30,7 @@ from torch import Tensor
 
 from likely.contract import Integers
 from likely.data import Dataset, Dequantise, Preprocessed
+from likely.data.images import write_sheet
 from likely.evaluation import held_out, interpolate
 from likely.evaluation.heldout import evaluating
 from likely.models import find
@@ -107,22 +108,6 @@ def pictures(model: Preprocessed, test: Dataset, seed: int) -> dict[str, Tensor]
     ends = test.x[:12].double()
     paths = interpolate(model, ends[:6], ends[6:], steps=12)
     return {"temperatures": torch.stack(rows), "interpolations": paths.movedim(1, 0)}
-
-
-def draw(name: str, images: Tensor, scale: int = 2) -> None:
-    """A sheet of images, shape ``(rows, columns, 3, height, width)``, as a PNG beside the results."""
-    from PIL import Image
-
-    rows, columns, channels, height, width = images.shape
-    sheet = torch.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 255, dtype=torch.uint8)
-    for i in range(rows):
-        for j in range(columns):
-            top, left = i * (height + 1) + 1, j * (width + 1) + 1
-            sheet[top : top + height, left : left + width] = images[i, j].permute(1, 2, 0).to(torch.uint8)
-    picture = Image.fromarray(sheet.numpy())
-    picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.NEAREST).save(
-        RESULTS / f"glow_cifar10_{name}.png", optimize=True
-    )
 
 
 def table(row: dict[str, Any]) -> list[str]:
@@ -209,7 +194,8 @@ def main() -> None:
         print("\n".join(table(row)))
         return
     for name, images in sheets.items():
-        draw(name, images)
+        flat = images.flatten(0, 1).permute(0, 2, 3, 1).to(torch.uint8).numpy()
+        write_sheet(flat, RESULTS / f"glow_cifar10_{name}.png", across=images.shape[1])
     write("glow_cifar10", {"rows": [row], "run": provenance(time.process_time() - started)}, table(row))
 
 

@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +31,7 @@ from glow_cifar10 import SPACE, read_cifar
 from likely import units
 from likely.contract import Model
 from likely.data import Dataset
+from likely.data.images import write_sheet
 from likely.evaluation import held_out
 from likely.models import find
 from likely.noise import StreamNoise
@@ -86,13 +86,10 @@ def operations(model: Model, batch: Tensor) -> int:
 
 def sheet(model: Model, path: Path, n: int) -> None:
     """``n`` samples as one picture."""
-    from PIL import Image
-
     device = next(model.parameters()).device
     noise = StreamNoise(torch.Generator(device).manual_seed(0), device)
     images = model.sample(n, noise=noise, sampler="dpm", steps=SAMPLE_STEPS)  # type: ignore[call-arg]
-    rows = images.to(torch.uint8).cpu().permute(0, 2, 3, 1).unflatten(0, (-1, 8)).transpose(1, 2)
-    Image.fromarray(np.ascontiguousarray(rows.flatten(2, 3).flatten(0, 1).numpy())).save(path, optimize=True)
+    write_sheet(images.to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy(), path)
 
 
 def pretend(n: int) -> tuple[Dataset, Dataset, Dataset]:

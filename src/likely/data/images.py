@@ -179,13 +179,16 @@ def write_folder(pictures: np.ndarray, path: Path, labels: Sequence[Any] | None 
         image.fromarray(picture).save(folder / f"{index:06d}.png")
 
 
-def write_sheet(pictures: np.ndarray, path: Path, gap: int = 1) -> None:
-    """Write pictures side by side in one PNG file, about as many in a row as there are rows; small ones enlarged."""
+def write_sheet(pictures: np.ndarray, path: Path, gap: int = 1, across: int | None = None) -> None:
+    """Write pictures side by side in one PNG file, ``across`` in a row or about as many as there are rows.
+
+    ``pictures`` are uint8 of shape ``(n, height, width)`` or ``(n, height, width, channels)``; small ones are enlarged.
+    """
     image = _pillow(str(path))
     enlarge = max(1, 56 // max(pictures.shape[1:3]))
     pictures = pictures.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     n, height, width = pictures.shape[:3]
-    across = int(np.ceil(np.sqrt(n * height / width)))
+    across = across or int(np.ceil(np.sqrt(n * height / width)))
     down = -(-n // across)
     sheet = np.full((down * (height + gap) - gap, across * (width + gap) - gap, *pictures.shape[3:]), 255, np.uint8)
     for index, picture in enumerate(pictures):
