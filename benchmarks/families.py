@@ -88,8 +88,8 @@ CASES: dict[str, dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
     },
 }
 TRAINING = {"batch_size": 128, "patience": None, "progress": False, "evaluate_examples": 200}
-#: Evaluations on held-out training images in a run.
-EVALUATIONS = 6
+#: Most steps from one evaluation on held-out training images to the next: the few digits are soon learned by heart.
+EVALUATE_EVERY = {"digits": 200, "mnist": 10_000}
 #: Samples of each family in the picture: rows and columns.
 SAMPLES = (2, 20)
 
@@ -127,7 +127,7 @@ def measure(name: str, data: str, minutes: float, seed: int, most: int | None) -
     model = api.build_model(family, train_set.space, seed=seed, options=options)
     steps = max(10, int(60 * minutes / step_seconds(model, train_set, training)))
     start = time.process_time()
-    every = max(1, steps // EVALUATIONS)
+    every = max(1, min(steps // 6, EVALUATE_EVERY[data]))
     train(model, train_set, valid_set, steps=steps, evaluate_every=every, seed=seed, **TRAINING, **training)
     cpu = time.process_time() - start  # with the evaluations on held-out images, which the budget leaves out
     if hasattr(model, "bound_levels"):

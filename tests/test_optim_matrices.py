@@ -75,6 +75,12 @@ def power(p: Array, exponent: float) -> Array:
     return (vectors * values**exponent) @ vectors.T
 
 
+def turns_of(w: Array, every: int) -> list[int]:
+    """The longest side has the first turn, and so on."""
+    by_length = sorted(range(w.ndim), key=lambda i: -w.shape[i])
+    return [by_length.index(i) % every for i in range(w.ndim)]
+
+
 def oracle_shampoo(w: Array, steps: list[Array], lr: float, eps: float) -> Array:
     """Gupta, Koren & Singer 2018, Algorithm 2 (Algorithm 1 for matrices)."""
     w, k = w.copy(), w.ndim
@@ -99,18 +105,19 @@ def oracle_shampoo_grafted(
     decay: float,
     every: int,
 ) -> Array:
-    """Shi et al. 2023 (arXiv 2309.06497), Algorithm 1, with Adam grafting and decoupled decay."""
-    w = w.copy()
-    left, right = np.zeros((w.shape[0],) * 2), np.zeros((w.shape[1],) * 2)
+    """Shi et al. 2023 (arXiv 2309.06497), Algorithm 1, with Adam grafting and decoupled decay; a turn for each side."""
+    w, turns, roots = w.copy(), turns_of(w, every), {}
+    p = [np.zeros((n, n)) for n in w.shape]
     m, v = np.zeros_like(w), np.zeros_like(w)
     for t, g in enumerate(steps, 1):
-        left, right = b2 * left + (1 - b2) * g @ g.T, b2 * right + (1 - b2) * g.T @ g
-        if (t - 1) % every == 0:
-            roots = [power(p / (1 - b2**t) + matrix_eps * np.eye(len(p)), -0.25) for p in (left, right)]
+        p = [b2 * x + (1 - b2) * side(g, i) for i, x in enumerate(p)]
+        for i in range(2):
+            if (t - 1) % every == turns[i]:
+                roots[i] = power(p[i] / (1 - b2**t) + matrix_eps * np.eye(len(p[i])), -0.25)
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         m_hat = m / (1 - b1**t)
         graft = m_hat / (np.sqrt(v / (1 - b2**t)) + eps)
-        update = roots[0] @ m_hat @ roots[1]
+        update = roots[0] @ m_hat @ roots[1] if len(roots) == 2 else graft
         w = (1 - lr * decay) * w - lr * update * np.linalg.norm(graft) / np.linalg.norm(update)
     return w
 
@@ -120,27 +127,28 @@ def oracle_soap(
 ) -> Array:
     """Vyas et al. 2024, Algorithms 3 and 4; the first moment is kept unrotated, as there.
 
-    The first step gives the bases and does not move, and the columns are sorted, as in the authors' program.
+    The first steps give the bases, a step a side, and do not move; columns are sorted as in the authors' program.
     """
-    w = w.copy()
-    m, v, steps = np.zeros_like(w), np.zeros_like(w), list(steps)
-    first = steps.pop(0)
-    p = [(1 - b2) * side(first, i) for i in range(w.ndim)]
-    q = [np.linalg.eigh(x)[1][:, ::-1] for x in p]
-    w *= 1 - lr * decay
-    for t, g in enumerate(steps, 1):
+    w, turns, q = w.copy(), turns_of(w, every), {}
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    p, start = [np.zeros((n, n)) for n in w.shape], 1 + max(turns)
+    for step_number, g in enumerate(steps[:start]):
+        p = [b2 * x + (1 - b2) * side(g, i) for i, x in enumerate(p)]
+        q |= {i: np.linalg.eigh(p[i])[1][:, ::-1] for i in range(w.ndim) if turns[i] == step_number}
+        w *= 1 - lr * decay
+    for t, g in enumerate(steps[start:], 1):
         turned, m = g, b1 * m + (1 - b1) * g
         m_turned = m
-        for i, basis in enumerate(q):
+        for i, basis in q.items():
             turned, m_turned = along(turned, basis.T, i), along(m_turned, basis.T, i)
         v = b2 * v + (1 - b2) * turned**2
         step = m_turned / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
-        for i, basis in enumerate(q):
+        for i, basis in q.items():
             step = along(step, basis, i)
         w = (1 - lr * decay) * w - lr * step
         p = [b2 * x + (1 - b2) * side(g, i) for i, x in enumerate(p)]
-        if t % every == 0:
-            for i, (x, basis) in enumerate(zip(p, q)):
+        for i, (x, basis) in enumerate(zip(p, [q[i] for i in range(w.ndim)])):
+            if (start + t - 1) % every == turns[i]:
                 order = np.argsort(-np.diag(basis.T @ x @ basis), kind="stable")
                 v = np.take(v, order, axis=i)
                 q[i] = np.linalg.qr(x @ basis[:, order])[0]
@@ -422,6 +430,7 @@ def test_shampoo_twice_is_full_matrix_adagrad_where_the_gradients_are_a_kronecke
 def test_soap_in_a_fixed_basis_is_adam_in_turned_coordinates() -> None:
     steps, w = gradients((5, 6), 50), parameter((5, 6))
     optimizer = SOAP([w], lr=0.01, weight_decay=0.0, interval=1000)
+    optimizer.turns_of(0).sides = [0, 0]  # the bases of the first step stay
     run(optimizer, w, steps[:1])
     left, right = (optimizer.state[w][f"basis.{i}"].numpy().copy() for i in range(2))
     turned = nn.Parameter(torch.from_numpy(left.T @ w.detach().numpy() @ right))
@@ -478,17 +487,19 @@ def test_turns_share_out_the_renewals(interval: int) -> None:
     shapes = [(30, 30), (30, 20), (10, 10), (20,), (10, 10), (10, 10), (16, 16)]
     params = [parameter(shape, torch.float32) for shape in shapes]
     optimizer = SOAP(params, interval=interval)
-    when: dict[int, list[int]] = {i: [] for i in range(len(shapes))}
+    when: dict[tuple[int, int], list[int]] = {}
     for t in range(1, 2 * interval + START + 1):
         before = {}
         for i, p in enumerate(params):
             p.grad = torch.randn(p.shape)
-            before[i] = optimizer.state[p]["basis.0"].clone() if "basis.0" in optimizer.state[p] else torch.eye(len(p))
+            state = optimizer.state[p]
+            before |= {(i, k): state.get(f"basis.{k}", torch.eye(n)).clone() for k, n in enumerate(p.shape)}
         optimizer.step()
-        for i, p in enumerate(params):
-            if "basis.0" in optimizer.state[p] and not torch.equal(before[i], optimizer.state[p]["basis.0"]):
-                when[i].append(t)
-    assert when.pop(3) == []
+        for (i, k), old in before.items():
+            if f"basis.{k}" in optimizer.state[params[i]]:
+                renewed = not torch.equal(old, optimizer.state[params[i]][f"basis.{k}"])
+                when.setdefault((i, k), []).extend([t] if renewed else [])
+    assert len(when) == 12
     for steps in when.values():
         assert steps[0] <= START
         assert all(later - earlier == interval for earlier, later in itertools.pairwise(steps[1:]))

@@ -22,8 +22,8 @@ from likely.processor import LARGE, ONEDNN
 # Products
 # --------------------------------------------------------------------------------------------------------------
 
-#: Rows from which only one triangle of a symmetric product is computed, and the strips it is computed in.
-TALL, STRIPS = 768, 4
+#: Multiplications from which only one triangle of a symmetric product is computed, in strips of about so many rows.
+WORTH_A_TRIANGLE, STRIP = 1 << 27, 192
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -64,26 +64,39 @@ def _dense(x: Tensor) -> Tensor:
 
 def gram(x: Tensor) -> Tensor:
     """x xᵀ, of shape ``(batch, m, m)`` for ``(batch, m, n)``; large ones from one triangle."""
-    if x.shape[1] >= TALL:
+    rows, columns = x.shape[1:]
+    if _worth_a_triangle(rows, columns) and _by_onednn(x, x.mT):
         x = x.contiguous()  # so that its strips are dense
-    return _symmetric(x, lambda low, high: product(x[:, low:high], x[:, :high].mT))
+    return _symmetric(x, columns, lambda low, high: product(x[:, low:high], x[:, :high].mT))
 
 
 def commuting_product_plus(a: Tensor, b: Tensor, c: Tensor, alpha: float, beta: float) -> Tensor:
     """α a b + β c, for symmetric matrices ``(batch, m, m)`` of which a and b commute; large ones from one triangle."""
     return _symmetric(
-        a, lambda low, high: product_plus(a[:, low:high], b[:, :high].mT, c[:, low:high, :high], alpha, beta)
+        a,
+        a.shape[1],
+        lambda low, high: product_plus(a[:, low:high], b[:, :high].mT, c[:, low:high, :high], alpha, beta),
     )
 
 
-def _symmetric(like: Tensor, strip: Callable[[int, int], Tensor]) -> Tensor:
-    """The symmetric matrices of which ``strip(low, high)`` gives the rows ``low:high`` up to column ``high``."""
+def _worth_a_triangle(rows: int, length: int) -> bool:
+    return rows * rows * length >= WORTH_A_TRIANGLE
+
+
+def _symmetric(like: Tensor, length: int, strip: Callable[[int, int], Tensor]) -> Tensor:
+    """The symmetric matrices of which ``strip(low, high)`` gives the rows ``low:high`` up to column ``high``.
+
+    Args:
+        like: as many matrices, with as many rows.
+        length: number of terms that are summed for an element.
+    """
     batch, m = like.shape[:2]
-    if m < TALL:
+    if not _worth_a_triangle(m, length):
         return strip(0, m)
     out = like.new_empty(batch, m, m)
-    for low in range(0, m, -(-m // STRIPS)):
-        high = min(m, low - (-m // STRIPS))
+    strips = max(2, round(m / STRIP))
+    edges = [m * i // strips for i in range(strips + 1)]
+    for low, high in itertools.pairwise(edges):
         rows = strip(low, high)
         out[:, low:high, :high] = rows
         out[:, :low, low:high] = rows[:, :, :low].mT
@@ -136,6 +149,8 @@ class Layout:
 
     def views(self, tensor: Tensor) -> list[Tensor]:
         """The blocks of a contiguous tensor: they share its memory."""
+        if len(self.blocks) == 1:
+            return [tensor if tensor.shape == self.shape else tensor.view(self.shape)]
         whole = tensor.view(self.shape)
         return [whole[block] for block in self.blocks]
 
@@ -304,17 +319,21 @@ def orthogonalized(x: Tensor, method: Method, iterations: int, floor: float, eps
         return product(u, vt)
     short, long = sorted(x.shape[1:])
     tall = x.shape[1] > x.shape[2]
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(eps)
+    if method == "newton-schulz":
+        x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(eps)
     polynomials = list(coefficients(method, iterations, floor))
     while polynomials:
         a, b, c = polynomials.pop(0)
         square = gram(x.mT if tall else x)
         if method == "polar-express" and len(polynomials) == iterations - 1:
+            tiny = torch.finfo(torch.float32).tiny
+            square, size = _divided_by(square, torch.linalg.matrix_norm(square, keepdim=True).clamp_min(tiny))
             fourth = commuting_product_plus(square, square, square, alpha=1.0, beta=0.0)
-            norm = torch.linalg.matrix_norm(fourth, keepdim=True) ** 0.25  # at least n^(−3/8), as |x| = 1
-            exact = norm.to(torch.promote_types(norm.dtype, torch.float32))
-            quintic = (square * (b / exact**2) + fourth * (c / exact**4)).to(x.dtype)
-            x, square = x.div_(norm), (square / exact**2).to(x.dtype)
+            norm = (size * torch.linalg.matrix_norm(fourth, keepdim=True).to(size.dtype).sqrt()).sqrt()
+            x, norm = _divided_by(x, norm.clamp_min(eps))
+            ratio = size / norm**2  # of A to what A was divided by
+            quintic = (square * (b * ratio) + fourth * (c * ratio**2)).to(x.dtype)
+            square = (square * ratio).to(x.dtype)
         else:
             quintic = commuting_product_plus(square, square, square, alpha=c, beta=b)  # b A + c A²
         if method == "polar-express" and len(polynomials) == 1 and long >= PAIRED * short:
@@ -322,6 +341,12 @@ def orthogonalized(x: Tensor, method: Method, iterations: int, floor: float, eps
         left, right = (x, quintic) if tall else (quintic, x)
         x = product_plus(left, right, x, alpha=1.0, beta=a)
     return x
+
+
+def _divided_by(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """x over a norm that is first rounded to the precision of x, and that norm in single precision or better."""
+    norm = norm.to(x.dtype)
+    return x / norm, norm.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _composed(square: Tensor, quintic: Tensor, a: float, second: tuple[float, float, float]) -> tuple[float, Tensor]:
@@ -342,7 +367,7 @@ def _composed(square: Tensor, quintic: Tensor, a: float, second: tuple[float, fl
 # --------------------------------------------------------------------------------------------------------------
 
 #: Elements of a batch from which it gains no more from being larger.
-ENOUGH = 1 << 18
+ENOUGH = 1 << 16
 
 
 def batched(indices: Sequence[int], shapes: Sequence[tuple[Any, ...]]) -> list[list[int]]:
@@ -368,12 +393,6 @@ def batched(indices: Sequence[int], shapes: Sequence[tuple[Any, ...]]) -> list[l
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """A batch of tensors; of a single one it is a view."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-def unstack_into(tensors: Sequence[Tensor], batch: Tensor) -> None:
-    """Write a batch over the tensors, unless it is a view of them."""
-    if len(tensors) != 1 or tensors[0].data_ptr() != batch.data_ptr():
-        torch._foreach_copy_(list(tensors), list(batch.unbind()))
 
 
 def turns(costs: Sequence[float], count: int, loads: list[float]) -> list[int]:

@@ -18,16 +18,16 @@ and Shi et al. 2023 (arXiv 2309.06497).
 **Blocks** (``block``).  An axis longer than that is cut in equal parts, each block of the tensor having its own
 statistics.  An axis longer than ``max_side`` has none: its preconditioner is the identity.
 
-**Turns.**  Roots are renewed every ``interval`` steps, every parameter at its own turn, so that no step is much longer
-than the others; the turns are shared out by cost, once for all.  The first roots are computed at a parameter's turn
-within the first :data:`START` steps.  Until then it moves by the step it is grafted to; with ``graft="none"`` it waits.
+**Turns.**  Roots are renewed every ``interval`` steps, each side of a block at its own turn, so that no step is much
+longer than the others; the turns are shared out by cost, once for all.  The first roots are computed at a side's turn
+within the first :data:`START` steps.  Until those of all parameters of its shape are there, a parameter moves by the
+step it is grafted to; with ``graft="none"`` it waits.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -45,7 +45,6 @@ from likely.optim.matrices import (
     stacked,
     turns,
     unfolded,
-    unstack_into,
 )
 from likely.optim.matrixrule import MatrixRule
 
@@ -54,81 +53,83 @@ Graft = Literal["adam", "sgd", "none"]
 START = 10
 
 
-def update_statistics(g: Tensor, statistics: list[Tensor | None], beta2: float) -> None:
-    """Take a gradient into the statistics: L ← β₂ L + (1 − β₂) G Gᵀ for every side, or L ← L + G Gᵀ where β₂ = 1.
+def update_statistics(g: Tensor, statistics: list[list[Tensor]], beta2: float) -> None:
+    """Take gradients into the statistics: L ← β₂ L + (1 − β₂) G Gᵀ for every side, or L ← L + G Gᵀ where β₂ = 1.
 
     Args:
         g: shape ``(batch, n_1, …, n_k)``.
-        statistics: for each axis ``(batch, n_i, n_i)``, or None.
+        statistics: for each axis as many ``(n_i, n_i)`` as the batch has gradients, or none.
 
-    >>> left, right = torch.zeros(1, 1, 1), torch.zeros(1, 2, 2)
-    >>> update_statistics(torch.tensor([[[1.0, 2.0]]]), [left, right], 0.5)
+    >>> left, right = torch.zeros(1, 1), torch.zeros(2, 2)
+    >>> update_statistics(torch.tensor([[[1.0, 2.0]]]), [[left], [right]], 0.5)
     >>> left.tolist(), right.tolist()
-    ([[[2.5]]], [[[0.5, 1.0], [1.0, 2.0]]])
+    ([[2.5]], [[0.5, 1.0], [1.0, 2.0]])
     """
-    for axis, matrix in enumerate(statistics):
-        if matrix is not None:
-            outer = gram(unfolded(g, axis))
+    for axis, matrices in enumerate(statistics):
+        if matrices:
+            outer = gram(unfolded(g, axis)).unbind()
             if beta2 == 1:
-                matrix.add_(outer)
+                torch._foreach_add_(matrices, outer)
             else:
-                matrix.lerp_(outer, 1 - beta2)
+                torch._foreach_lerp_(matrices, outer, 1 - beta2)
 
 
-def shampoo_roots(statistics: list[Tensor | None], t: float, beta2: float, eps: float) -> list[Tensor | None]:
-    """(L̂ + ε)^{−1/2k} for every side, L̂ = L / (1 − β₂^t), k the number of sides that have statistics."""
+def shampoo_root(statistics: Tensor, sides: int, t: float, beta2: float, eps: float) -> Tensor:
+    """(L̂ + ε)^{−1/2k} for statistics L of shape ``(batch, n, n)``, k the number of sides that have any."""
     scale = one_minus_power(beta2, t) if beta2 < 1 else 1.0
-    exponent = -0.5 / sum(matrix is not None for matrix in statistics)
-    return [None if matrix is None else matrix_power(matrix / scale, exponent, eps) for matrix in statistics]
+    return matrix_power(statistics / scale, -0.5 / sides, eps)
 
 
 @dataclass
-class Block:
-    """A block of a parameter, or a batch of such blocks along a new first axis.
+class Blocks:
+    """Blocks of equal shape of one or more parameters; all tensors are views of gradients, updates and state.
 
     Args:
-        g: gradient.
-        m, v: moments; v may be missing.
-        update: what the parameter loses.
-        statistics: for each axis a symmetric matrix, or None.
-        basis: for each axis what is made of its statistics.
-        turn, start: see :class:`Preconditioned`.
+        g: gradients.
+        update: what the parameters lose.
+        m, v: moments; v is empty where there is none.
+        age: number of steps since the one in which the last of the first bases were made: 0 in that one.
+        statistics: for each axis a symmetric matrix a block, or none.
+        basis: for each axis what is made of each block's statistics.
+        due: for each axis, which of the blocks have their basis renewed in this step.
     """
 
-    g: Tensor
-    m: Tensor
-    v: Tensor | None
-    update: Tensor
-    statistics: list[Tensor | None]
-    basis: list[Tensor | None]
-    turn: int
-    start: int
+    g: list[Tensor]
+    update: list[Tensor]
+    m: list[Tensor]
+    v: list[Tensor]
+    age: int
+    statistics: list[list[Tensor]] = field(default_factory=list)
+    basis: list[list[Tensor]] = field(default_factory=list)
+    due: list[list[int]] = field(default_factory=list)
 
-    def key(self) -> tuple[object, ...]:
-        """Equal for blocks that can be worked off together."""
-        return tuple(self.g.shape), tuple(matrix is None for matrix in self.basis)
-
-    def tensors(self) -> list[Tensor | None]:
-        return [self.g, self.m, self.v, self.update, *self.statistics, *self.basis]
+    def bases(self) -> list[Tensor | None]:
+        """The bases as :func:`likely.optim.matrices.multiply_axes` takes them."""
+        return [stacked(matrices) if matrices else None for matrices in self.basis]
 
 
-def batch_of(blocks: list[Block]) -> Block:
-    """The batch; of a single block it shares the memory."""
-    columns = zip(*(block.tensors() for block in blocks))
-    g, m, v, update, *matrices = (None if column[0] is None else stacked(column) for column in columns)
-    axes = len(matrices) // 2
-    return Block(g, m, v, update, matrices[:axes], matrices[axes:], blocks[0].turn, blocks[0].start)  # type: ignore[arg-type]
+@dataclass
+class Turns:
+    """When the bases of a parameter are made.
+
+    Args:
+        sides: the turn of each side, counted through all blocks.
+        start: the step in which the last of the first bases is made, of all parameters of that shape.
+    """
+
+    sides: list[int]
+    start: int = 0
 
 
 class Preconditioned(MatrixRule):
     """What Shampoo and SOAP share: blocks, the statistics of their sides with a second matrix for each, and turns.
 
     The state of a matrix holds ``m`` and perhaps ``v``, and ``statistics.i`` with ``basis.i`` for the i-th side,
-    counted through all blocks.  The basis is what is made of the statistics: a root, or eigenvectors.  A block of turn
-    c has it renewed in steps t with t − 1 ≡ c modulo the interval, for the first time in step ``start`` ≤ START.
+    counted through all blocks.  The basis is what is made of the statistics: a root, or eigenvectors.  A side of turn c
+    has it renewed in steps t with t − 1 ≡ c modulo the interval, for the first time within the first START steps.
     """
 
-    _turns: list[int] | None = None
+    _turns: list[Turns] | None = None
 
     def check(self, group: dict[str, Any]) -> None:
         super().check(group)
@@ -148,8 +149,8 @@ class Preconditioned(MatrixRule):
         """Whether second moments are kept for matrices."""
         return True
 
-    def update_blocks(self, b: Block, t: int, group: dict[str, Any]) -> bool:
-        """One step of a batch of blocks; says whether the bases are new ones."""
+    def update_blocks(self, b: Blocks, t: int, group: dict[str, Any]) -> None:
+        """One step of blocks of equal shape: their update, their moments, statistics and bases become the new ones."""
         raise NotImplementedError
 
     def is_matrix(self, parameter: Tensor, group: dict[str, Any]) -> bool:
@@ -163,62 +164,66 @@ class Preconditioned(MatrixRule):
 
     def update_matrices(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
         updates = [torch.zeros_like(g, memory_format=torch.contiguous_format) for g in bucket.gradients]
-        blocks = self._blocks(bucket, updates, group)
-        for indices in batched(range(len(blocks)), [block.key() for block in blocks]):
-            together = [blocks[i] for i in indices]
-            batch = batch_of(together)
-            renewed = self.update_blocks(batch, int(bucket.t), group)
-            written = len(batch.tensors()) - (0 if renewed else len(batch.basis))
-            for i in range(1, written):  # all but the gradient
-                whole = batch.tensors()[i]
-                if whole is not None:
-                    unstack_into([block.tensors()[i] for block in together], whole)  # type: ignore[misc]
+        for blocks in self._blocks(bucket, updates, group):
+            self.update_blocks(blocks, int(bucket.t), group)
         return updates
 
-    def _blocks(self, bucket: Bucket, updates: list[Tensor], group: dict[str, Any]) -> list[Block]:
-        """The blocks of all parameters of a bucket; they share the memory of the state and of the updates."""
-        found = []
-        for i, update in enumerate(updates):
-            cut = _layout(update.shape, group)
-            g, m, u = (cut.views(x) for x in (bucket.gradients[i].contiguous(), bucket.state["m"][i], update))
-            v: list[Any] = cut.views(bucket.state["v"][i]) if self.keeps_v(group) else [None] * len(m)
-            sides = itertools.count()
-            turn, start = self.turn(bucket.numbers[i]), self.start(bucket.numbers[i], group)
-            for block in zip(g, m, v, u):
-                numbers = [next(sides) if axis in cut.sides else None for axis in range(len(cut.shape))]
-                statistics, basis = (
-                    [None if side is None else bucket.state[f"{name}.{side}"][i] for side in numbers]
-                    for name in ("statistics", "basis")
-                )
-                found.append(Block(*block, statistics, basis, turn, start))
-        return found
+    def _blocks(self, bucket: Bucket, updates: list[Tensor], group: dict[str, Any]) -> Iterator[Blocks]:
+        """The blocks of parameters of one shape, those of equal shape together."""
+        cut, state, t = _layout(updates[0].shape, group), bucket.state, int(bucket.t)
+        whole = [[g.contiguous() for g in bucket.gradients], updates, state["m"], state.get("v", [])]
+        views = [[cut.views(tensor) for tensor in tensors] for tensors in whole]
+        turns = [self.turns_of(number) for number in bucket.numbers]
+        every = [(place, i) for place in range(len(cut.blocks)) for i in range(len(updates))]
+        shapes = [tuple(side.stop - side.start for side in place) for place in cut.blocks]
+        for batch in batched(range(len(every)), [(shapes[place],) for place, _ in every]):
+            chosen = [every[j] for j in batch]
+            g, update, m, v = ([each[i][place] for place, i in chosen if each] for each in views)
+            blocks = Blocks(g, update, m, v, age=t - turns[0].start)
+            for axis in range(len(cut.shape)):
+                sides = [place * len(cut.sides) + cut.sides.index(axis) for place, _ in chosen if axis in cut.sides]
+                blocks.statistics.append([state[f"statistics.{side}"][i] for side, (_, i) in zip(sides, chosen)])
+                blocks.basis.append([state[f"basis.{side}"][i] for side, (_, i) in zip(sides, chosen)])
+                own = [turns[i].sides[side] for side, (_, i) in zip(sides, chosen)]
+                blocks.due.append([j for j, turn in enumerate(own) if is_due(turn, t, group["interval"])])
+            yield blocks
 
-    def kind(self, number: int, parameter: Tensor, group: dict[str, Any]) -> tuple[Any, ...]:
-        return *super().kind(number, parameter, group), self.turn(number)
-
-    def turn(self, number: int) -> int:
-        """The turn of a parameter, by its number."""
+    def turns_of(self, number: int) -> Turns:
+        """The turns of a parameter, by its number."""
         if self._turns is None:
             self._turns = []
             loads: dict[int, list[float]] = {}
             for group in self.param_groups:
                 interval = int(group["interval"])
-                costs = [
-                    float(sum(n**3 for n in _layout(p.shape, group).side_lengths()))
-                    if self.is_matrix(p, group)
-                    else 0.0
-                    for p in group["params"]
+                lengths = [
+                    _layout(p.shape, group).side_lengths() if self.is_matrix(p, group) else [] for p in group["params"]
                 ]
-                self._turns += turns(costs, interval, loads.setdefault(interval, [0.0] * interval))
+                costs = [float(n**3) for sides in lengths for n in sides]
+                given = iter(turns(costs, interval, loads.setdefault(interval, [0.0] * interval)))
+                found = [Turns([next(given) for _ in sides]) for sides in lengths]
+                starts: dict[torch.Size, int] = {}
+                for p, each in zip(group["params"], found):
+                    first = max((first_step(turn, interval) for turn in each.sides), default=0)
+                    starts[p.shape] = max(first, starts.get(p.shape, 0))
+                for p, each in zip(group["params"], found):
+                    each.start = starts[p.shape]
+                self._turns += found
         return self._turns[number]
 
-    def start(self, number: int, group: dict[str, Any]) -> int:
-        """The step in which a parameter gets its first bases, by its number."""
-        return 1 + self.turn(number) * min(START, group["interval"]) // group["interval"]
 
-    def is_due(self, b: Block, t: int, group: dict[str, Any]) -> bool:
-        """Whether the bases are to be renewed in step t."""
-        return t == b.start or (t > b.start and (t - 1) % group["interval"] == b.turn)
+def first_step(turn: int, interval: int) -> int:
+    """The step in which a side gets its first basis."""
+    return 1 + turn * min(START, interval) // interval
+
+
+def is_due(turn: int, t: int, interval: int) -> bool:
+    """Whether the basis of a side is to be made or renewed in step t.
+
+    >>> [t for t in range(1, 100) if is_due(20, t, 30)]
+    [7, 21, 51, 81]
+    """
+    first = first_step(turn, interval)
+    return t == first or (t > first and (t - 1) % interval == turn)
 
 
 def _layout(shape: Iterable[int], group: dict[str, Any]) -> Layout:
@@ -300,28 +305,27 @@ class Shampoo(Preconditioned):
     def keeps_v(self, group: dict[str, Any]) -> bool:
         return group["graft"] == "adam"
 
-    def update_blocks(self, b: Block, t: int, group: dict[str, Any]) -> bool:
+    def update_blocks(self, b: Blocks, t: int, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        update_statistics(b.g, b.statistics, beta2)
-        due = self.is_due(b, t, group)
-        if due:
-            roots = shampoo_roots(b.statistics, t, beta2, group["matrix_eps"])
-            for old, new in zip(b.basis, roots):
-                if old is not None and new is not None:
-                    old.copy_(new)
-        if b.v is not None:
-            (step,) = adam_update([b.g], [b.m], [b.v], t, beta1, beta2, group["eps"])
+        update_statistics(stacked(b.g), b.statistics, beta2)
+        sides = sum(map(bool, b.statistics))
+        for matrices, basis, due in zip(b.statistics, b.basis, b.due):
+            if due:
+                roots = shampoo_root(stacked([matrices[i] for i in due]), sides, t, beta2, group["matrix_eps"])
+                torch._foreach_copy_([basis[i] for i in due], roots.unbind())
+        if b.v:
+            step = adam_update(b.g, b.m, b.v, t, beta1, beta2, group["eps"])
         else:
-            b.m.lerp_(b.g, 1 - beta1)
-            step = b.m / one_minus_power(beta1, t)
-        if t >= b.start:
-            u = multiply_axes(b.m, b.basis)  # L̂^{−p} M R̂^{−p}
+            torch._foreach_lerp_(b.m, b.g, 1 - beta1)
+            step = list(torch._foreach_div(b.m, one_minus_power(beta1, t)))
+        if b.age >= 0:
+            u = multiply_axes(stacked(b.m), b.bases())  # L̂^{−p} M R̂^{−p}
             if group["graft"] == "none":
-                b.update.copy_(u).div_(one_minus_power(beta1, t))
+                u = u / one_minus_power(beta1, t)
             else:
                 axes = tuple(range(1, u.dim()))
                 length = torch.linalg.vector_norm(u, dim=axes, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
-                b.update.copy_(u).mul_(torch.linalg.vector_norm(step, dim=axes, keepdim=True) / length)
+                u = u.mul_(torch.stack(torch._foreach_norm(step)).view_as(length) / length)
+            torch._foreach_copy_(b.update, u.unbind())
         elif group["graft"] != "none":
-            b.update.copy_(step)
-        return due
+            torch._foreach_copy_(b.update, step)

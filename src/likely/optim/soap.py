@@ -14,10 +14,10 @@ In that eigenbasis Shampoo's preconditioner is diagonal, and (with p = 1/2) the 
 (section 4 of the paper).  SOAP keeps Adam's full second moment there instead, so that the scales stay fresh while the
 basis ages.
 
-The first basis is that of the statistics at the parameter's first turn (``START`` in :mod:`likely.optim.shampoo`), by a
-full decomposition.  Up to and including that step the parameter waits, as in the authors' code, so that no gradient is
-turned into a basis that was made of it.  The first moment is kept in the eigenbasis and turned when the basis is; the
-authors turn it back and forth in every step, which is the same.
+The first basis is that of the statistics at a side's first turn (``START`` in :mod:`likely.optim.shampoo`), by a full
+decomposition.  Up to and including the step in which the last of them is made the parameter waits, as in the authors'
+code, so that no gradient is turned into a basis that was made of it.  The first moment is kept in the eigenbasis and
+turned when the basis is; the authors turn it back and forth in every step, which is the same.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from torch import Tensor
 
 from likely.optim.adam import Epsilon, adam_update
 from likely.optim.frame import Decay, Rounding, expect
-from likely.optim.matrices import eigenbasis, multiply_axes, power_qr
-from likely.optim.shampoo import Block, Preconditioned, update_statistics
+from likely.optim.matrices import eigenbasis, multiply_axes, power_qr, stacked
+from likely.optim.shampoo import Blocks, Preconditioned, update_statistics
 
 
 def soap_update(
     g: Tensor,
-    m: Tensor,
-    v: Tensor,
+    m: list[Tensor],
+    v: list[Tensor],
     basis: list[Tensor | None],
     t: float,
     beta1: float,
@@ -49,34 +49,37 @@ def soap_update(
 
     Args:
         g: gradients, shape ``(batch, n_1, …, n_k)``.
+        m, v: a tensor of shape ``(n_1, …, n_k)`` for each gradient.
         basis: for each axis ``(batch, n_i, n_i)``, the basis vectors as columns, or None for the identity.
         t: number of steps in a basis, 1 for the first.
 
-    >>> g, m, v = torch.tensor([[[3.0], [4.0]]]), torch.zeros(1, 2, 1), torch.zeros(1, 2, 1)
+    >>> g, m, v = torch.tensor([[[3.0], [4.0]]]), torch.zeros(2, 1), torch.zeros(2, 1)
     >>> turned = torch.tensor([[[0.6, -0.8], [0.8, 0.6]]])                  # g is five times its first column
-    >>> [round(x, 4) for x in soap_update(g, m, v, [turned, None], 1, 0.9, 0.9, 1e-3).flatten().tolist()]
+    >>> [round(x, 4) for x in soap_update(g, [m], [v], [turned, None], 1, 0.9, 0.9, 1e-3).flatten().tolist()]
     [0.5999, 0.7998]
     """
-    (step,) = adam_update([multiply_axes(g, basis)], [m], [v], t, beta1, beta2, eps, epsilon)
-    return multiply_axes(step, basis, transposed=True)
+    turned = multiply_axes(g, basis)
+    step = adam_update(list(turned.unbind()), m, v, t, beta1, beta2, eps, epsilon)
+    return multiply_axes(stacked(step), basis, transposed=True)
 
 
-def renew_basis(b: Block) -> None:
-    """Bring the bases nearer to the eigenvectors of the statistics, and turn the moments into the new bases.
+def renew_basis(m: Tensor, v: Tensor, axis: int, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A basis of one axis nearer to the eigenvectors of its statistics, and the moments in it.
 
     The first moment is turned exactly.  The second is not known in another basis; it follows the order of the vectors.
+
+    Args:
+        m, v: moments in the old basis, shape ``(batch, n_1, …, n_k)``.
+        p, q: statistics and old basis of the axis, ``(batch, n_axis, n_axis)``.
+
+    Returns:
+        m, v and the basis, as new tensors.
     """
-    bases: list[Tensor | None] = [None] * len(b.basis)
-    for axis, (p, q) in enumerate(zip(b.statistics, b.basis)):
-        if p is not None and q is not None:
-            bases[axis], order = power_qr(p, q)
-            assert b.v is not None
-            index = order.reshape([len(order), *(-1 if i == axis else 1 for i in range(len(b.basis)))])
-            b.v.copy_(torch.take_along_dim(b.v, index, axis + 1))
-    b.m.copy_(multiply_axes(multiply_axes(b.m, b.basis, transposed=True), bases))
-    for old, new in zip(b.basis, bases):
-        if old is not None and new is not None:
-            old.copy_(new)
+    new, order = power_qr(p, q)
+    index = order.reshape([len(order), *(-1 if i == axis else 1 for i in range(m.dim() - 1))])
+    old_basis, new_basis = ([basis if i == axis else None for i in range(m.dim() - 1)] for basis in (q, new))
+    m = multiply_axes(multiply_axes(m, old_basis, transposed=True), new_basis)
+    return m, torch.take_along_dim(v, index, axis + 1), new
 
 
 class SOAP(Preconditioned):
@@ -97,7 +100,7 @@ class SOAP(Preconditioned):
         maximize, rounding, seed: see :class:`likely.optim.frame.UpdateRule`.
 
     >>> w = torch.nn.Parameter(torch.zeros(2, 2))
-    >>> optimizer = SOAP([w], lr=0.1, weight_decay=0.0)
+    >>> optimizer = SOAP([w], lr=0.1, weight_decay=0.0, interval=1)
     >>> w.grad = torch.ones(2, 2)
     >>> optimizer.step()                                          # finds a basis: the gradient has rank one,
     >>> optimizer.step()                                          # so one element moves, by the learning rate
@@ -150,17 +153,20 @@ class SOAP(Preconditioned):
         expect(group, "epsilon", lambda value: value in get_args(Epsilon), f"one of {', '.join(get_args(Epsilon))}")
         expect(group, "statistics_beta", lambda value: value is None or 0 <= value < 1, "a number from 0 to below 1")
 
-    def update_blocks(self, b: Block, t: int, group: dict[str, Any]) -> bool:
+    def update_blocks(self, b: Blocks, t: int, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        if t > b.start:
-            assert b.v is not None
-            steps = t - b.start
-            b.update.copy_(soap_update(b.g, b.m, b.v, b.basis, steps, beta1, beta2, group["eps"], group["epsilon"]))
-        update_statistics(b.g, b.statistics, beta2 if group["statistics_beta"] is None else group["statistics_beta"])
-        if t == b.start:
-            for p, q in zip(b.statistics, b.basis):
-                if p is not None and q is not None:
-                    q.copy_(eigenbasis(p))
-        elif self.is_due(b, t, group):
-            renew_basis(b)
-        return self.is_due(b, t, group)
+        g = stacked(b.g)
+        if b.age > 0:
+            u = soap_update(g, b.m, b.v, b.bases(), b.age, beta1, beta2, group["eps"], group["epsilon"])
+            torch._foreach_copy_(b.update, u.unbind())
+        update_statistics(g, b.statistics, beta2 if group["statistics_beta"] is None else group["statistics_beta"])
+        for axis, due in enumerate(b.due):
+            if not due:
+                continue
+            m, v, p, q = ([each[i] for i in due] for each in (b.m, b.v, b.statistics[axis], b.basis[axis]))
+            if b.age <= 0:  # the first one; the moments are still zero
+                torch._foreach_copy_(q, eigenbasis(stacked(p)).unbind())
+            else:
+                renewed = renew_basis(stacked(m), stacked(v), axis, stacked(p), stacked(q))
+                for old, new in zip((m, v, q), renewed):
+                    torch._foreach_copy_(old, new.unbind())
