@@ -15,6 +15,7 @@ from torch import Tensor
 
 from likely.checks import check_model
 from likely.contract import Binary, Column, Integers, Reals, Table, Tokens, Unsupported
+from likely.diffusion import bound
 from likely.diffusion.bound import Denoiser, chain_nats, diffusion_nats, prior_nats, squared_errors
 from likely.diffusion.data import Codes, LevelData, TableData, make_data
 from likely.diffusion.levels import (
@@ -174,6 +175,29 @@ def test_a_missing_cell_is_no_part_of_the_error_and_not_seen() -> None:
     assert (errors[:, :, 1] == 0).all()
     other = squared_errors(bent, f + 5.0 * (1 - there), gamma, eps + 3.0 * (1 - there).unsqueeze(1), None, there)
     assert torch.equal(errors, other)
+
+
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("with_context", [False, True])
+def test_levels_of_a_bound_are_worked_off_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, observed: bool, with_context: bool
+) -> None:
+    """The bound at many levels needs no more memory than at few, and is the same."""
+    f, eps, gamma = torch.randn(4, 3).double(), torch.randn(4, 6, 3).double(), torch.randn(4, 6).double()
+    there = (torch.rand(4, 3) < 0.7).double() if observed else None
+    context = torch.randn(4, 2).double() if with_context else None
+    rows: list[int] = []
+
+    def denoise(z: Tensor, gamma: Tensor, context: Tensor | None = None) -> Pair:
+        rows.append(len(z))
+        return bent(z if context is None else z + context.sum(1, keepdim=True), gamma)
+
+    whole = squared_errors(denoise, f, gamma, eps, context, there)
+    monkeypatch.setattr(bound, "CELLS", 15)
+    with torch.no_grad():
+        parts = squared_errors(denoise, f, gamma, eps, context, there)
+    assert rows == [24, 5, 5, 5, 5, 4]
+    torch.testing.assert_close(parts, whole)
 
 
 # Parameterisations -----------------------------------------------------------------------------------------------

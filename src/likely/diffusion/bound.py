@@ -62,6 +62,19 @@ def prior_nats(f: Tensor, gamma: Tensor) -> Tensor:
     return -0.5 * (alpha_squared * (f.square() - 1.0) - F.logsigmoid(gamma))
 
 
+#: Cells that a network sees at a time where no gradient is wanted: the levels of a bound need no more memory than that.
+CELLS = 1 << 19
+
+
+def predicted_noise(denoise: Denoise, z: Tensor, gamma: Tensor, context: Tensor | None = None) -> Tensor:
+    """ε̂ of each row, shape of z ``(n, *shape)``; without a gradient a few rows at a time."""
+    size = max(1, CELLS * len(z) // z.numel())
+    if torch.is_grad_enabled() or len(z) <= size:
+        return denoise(z, gamma, context).eps
+    contexts = itertools.repeat(None) if context is None else context.split(size)
+    return torch.cat([denoise(*rows).eps for rows in zip(z.split(size), gamma.split(size), contexts)])
+
+
 def squared_errors(
     denoise: Denoise,
     f: Tensor,
@@ -87,9 +100,9 @@ def squared_errors(
     if context is not None:
         context = context.unsqueeze(1).expand(-1, count, -1).flatten(0, 1)
     if observed is None:
-        return (noisy - denoise(z, flat_gamma, context).eps).square().unflatten(0, (batch, count))
+        return (noisy - predicted_noise(denoise, z, flat_gamma, context)).square().unflatten(0, (batch, count))
     there = observed.unsqueeze(1).expand_as(eps).flatten(0, 1)
-    errors = there * (noisy - denoise(z * there, flat_gamma, context).eps).square()
+    errors = there * (noisy - predicted_noise(denoise, z * there, flat_gamma, context)).square()
     return errors.unflatten(0, (batch, count))
 
 
