@@ -1,10 +1,33 @@
-"""Statistics of a stream of batches, in bounded memory."""
+"""Passes over a stream of batches: seen through a function, and statistics of them in bounded memory."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from likely.contract import Batches
+
+
+class Seen:
+    """Batches whose examples are seen through a function, in every pass anew; conditions stay.
+
+    >>> [x.tolist() for x, _ in Seen([(torch.tensor([[1.0, 2.0]]), None)], lambda x: x[:, 1:])]
+    [[[2.0]]]
+
+    Args:
+        batches: examples with their conditions, as often as they are asked for.
+        see: takes examples, a batch of them, and gives what is to be seen of them.
+    """
+
+    def __init__(self, batches: Batches, see: Callable[[Tensor], Tensor]) -> None:
+        self._batches, self._see = batches, see
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for x, condition in self._batches:
+            yield self._see(x), condition
 
 
 class Moments:

@@ -15,13 +15,14 @@ T standardises; in a table it is asinh of the standardised value, which tames he
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from likely.contract import Batches, Binary, Integers, Reals, Space, Table, Tokens, Unsupported
+from likely.data.streaming import Seen
 from likely.distributions.categorical import sample_categories
 from likely.distributions.grid_normal import log_cell_mass
 from likely.networks import Features
@@ -387,7 +388,7 @@ class TableData(nn.Module):
         """Location and scale of the numbers, π of the codes, and the γ_0 that the finest column asks for."""
         gammas = [gamma_of_spacing(2.0)]
         if self.numbers is not None:
-            self.numbers.initialise(_Columns(batches, self.numeric))
+            self.numbers.initialise(Seen(batches, lambda x: x[:, self.numeric]))
             for resolution, unit in zip(self.resolution.tolist(), self.numbers.scale.tolist()):
                 gammas.append(max(gamma_of_spacing(resolution / unit), LEAST) if resolution else CONTINUUM)
         self.gamma = min(gammas)
@@ -398,14 +399,3 @@ class TableData(nn.Module):
                     total += _counts(x[:, j], len(total))
             for codes, total in zip(self._codes(), totals):
                 codes.count(total)
-
-
-class _Columns:
-    """Batches of some columns."""
-
-    def __init__(self, batches: Batches, columns: list[int]) -> None:
-        self._batches, self._columns = batches, columns
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for x, condition in self._batches:
-            yield x[:, self._columns], condition

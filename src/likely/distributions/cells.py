@@ -8,13 +8,14 @@ width, and each vector that comes out into the law of one cell.  Where all cells
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from likely.contract import Batches, Binary, Integers, Space, Table, Tokens, Unsupported
+from likely.data.streaming import Seen
 from likely.distributions.heads import BernoulliHead, CategoricalHead, Head, head
 from likely.distributions.protocol import Distribution
 from likely.networks.features import Features
@@ -83,7 +84,7 @@ class Alphabet(nn.Module):
 
     def initialise(self, batches: Batches) -> None:
         """The head's biases and scales from one pass over the data."""
-        self.head.initialise(_Cells(batches, lambda x: x.reshape(-1, 1)))
+        self.head.initialise(Seen(batches, lambda x: x.reshape(-1, 1)))
 
 
 class Columns(nn.Module):
@@ -152,10 +153,10 @@ class Columns(nn.Module):
         for modules in (self.features, self.heads):
             for j, module in enumerate(modules):
                 assert isinstance(module, Features | Head)
-                module.initialise(_Cells(batches, lambda x, j=j: x[:, j : j + 1]))
+                module.initialise(Seen(batches, lambda x, j=j: x[:, j : j + 1]))
         for name, law in self.presence.items():
             assert isinstance(law, Head)
-            law.initialise(_Cells(batches, lambda x, j=int(name): (~torch.isnan(x[:, j : j + 1])).double()))
+            law.initialise(Seen(batches, lambda x, j=int(name): (~torch.isnan(x[:, j : j + 1])).double()))
 
 
 def best_of_draws(space: Space, drawn: Tensor, weights: Tensor) -> Tensor:
@@ -173,14 +174,3 @@ def best_of_draws(space: Space, drawn: Tensor, weights: Tensor) -> Tensor:
         share = mean.new_zeros(len(codes), int(codes.max()) + 1).scatter_add_(1, codes, weights)
         mean[:, t] = share.argmax(1).to(mean.dtype)
     return mean
-
-
-class _Cells:
-    """Batches in which each is seen through a function."""
-
-    def __init__(self, batches: Batches, see: Any) -> None:
-        self._batches, self._see = batches, see
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for x, _ in self._batches:
-            yield self._see(x), None

@@ -13,7 +13,7 @@ Symbols: x example, u place in the bin, y = x + r u, h what a network makes of x
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +38,7 @@ from likely.contract import (
     weakest,
 )
 from likely.data.preprocessing import Dequantise, _Centre
+from likely.data.streaming import Seen
 from likely.networks import MLP, Features, full_precision
 from likely.noise import KeyedNoise, Noise, content_keys
 
@@ -155,7 +156,9 @@ class Dequantised(Model):
         """Scales of the features, and what the model within sets from y."""
         if self.depth:
             self.features.initialise(batches)
-        self.model.initialise(_Dequantised(self, batches))
+        # The noise belongs to the example, the same in every pass.
+        within = Seen(batches, lambda x: self.dequantise(x, KeyedNoise(0, content_keys(x)))[0].detach())
+        self.model.initialise(within)
 
     def codec(
         self, spacing: float | None = None, bound: float | None = None, spare_bits: Sequence[int] | None = None
@@ -239,14 +242,3 @@ def _can_couple(shape: Sequence[int]) -> bool:
         return bool(level_shapes(shape, 1))
     except ValueError:
         return False
-
-
-class _Dequantised:
-    """Batches as the model within gets them; the noise belongs to the example, the same in every pass."""
-
-    def __init__(self, outer: Dequantised, batches: Batches) -> None:
-        self._outer, self._batches = outer, batches
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for x, condition in self._batches:
-            yield self._outer.dequantise(x, KeyedNoise(0, content_keys(x)))[0].detach(), condition

@@ -60,8 +60,9 @@ from likely.contract import (
     Unsupported,
     noise_or_global,
 )
-from likely.data.streaming import Reservoir
+from likely.data.streaming import Reservoir, Seen
 from likely.distributions import Distribution, head, likelihoods
+from likely.distributions.categorical import sample_categories
 from likely.distributions.heads import BernoulliHead, CategoricalHead, Head, TableDistribution, TableHead
 from likely.distributions.single import one_cell
 from likely.inference.normal import MOST_FEATURES, REACH, JointNormal
@@ -349,9 +350,7 @@ class Made(Model):
         else:
             walks, log_w = self._weighted(spelled, context, noise, max(samples, 2 * draws))
             if draws:
-                uniform = noise.uniform((len(x), draws)).to(log_w)
-                cumulative = torch.softmax(log_w, 1).cumsum(1)
-                chosen = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp(max=log_w.shape[1] - 1)
+                chosen = sample_categories(torch.log_softmax(log_w, 1), noise.uniform((len(x), draws)).to(log_w))
                 rows = torch.arange(len(x), device=x.device)
                 filled = [walks[chosen[:, i], rows] for i in range(draws)]
             else:
@@ -443,7 +442,7 @@ class Made(Model):
         """Scales, output biases, orders and sketches, from a few passes over the data."""
         if self.condition_features is not None:
             self.condition_features.initialise(batches, of_condition=True)
-        spelled = _Spelled(batches, self.spelling)
+        spelled = Seen(batches, self.spelling)
         rows: Tensor | None = None
         if any(member.sketch is not None or member.normal is not None for member in self._each()):
             reservoir = Reservoir(
@@ -607,17 +606,6 @@ def _levels(space: Space) -> int:
     if isinstance(space, Tokens):
         return space.vocab
     return 2 if isinstance(space, Binary) else 0
-
-
-class _Spelled:
-    """Batches whose examples are spelled as rows of cells."""
-
-    def __init__(self, batches: Batches, spelling: Spelling) -> None:
-        self._batches, self._spelling = batches, spelling
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for x, condition in self._batches:
-            yield self._spelling(x), condition
 
 
 class _Bias(nn.Module):
