@@ -9,6 +9,7 @@ the exact reconstruction term of 256 levels, at 64 stratified levels an image an
 float32; all test images; no choice is made on the test set.
 
     LIKELY_DATA=… python papers/vdm_cifar10.py                # one GPU, 25 minutes of training
+    LIKELY_DATA=… python papers/vdm_cifar10.py --small        # one core, some minutes: a small U-Net, 1,000 test images
     python papers/vdm_cifar10.py --dry-run                    # 50 steps of a small network on a CPU, writes nothing
 
 LIKELY_DATA has ``cifar10/`` with sheets of 32 × 32 tiles (WebP, lossless) and ``index.npz``.  With --run the training
@@ -53,6 +54,11 @@ MODEL: dict[str, Any] = {
     "parameterisation": "f",
 }
 SMALL: dict[str, Any] = {
+    "network": "unet",
+    "network_options": {"width": 32, "depth": 1, "scales": (1, 2), "fourier": FINE},
+    "parameterisation": "f",
+}
+DRY: dict[str, Any] = {
     "network": "dit",
     "network_options": {"width": 32, "depth": 1, "heads": 2, "stem": 8, "fourier": FINE},
     "parameterisation": "f",
@@ -70,7 +76,24 @@ TRAINING: dict[str, Any] = {
     "patience": None,
     "evaluate_examples": 500,
 }
+#: What --small and --dry-run change of it.
+TRAINING_SMALL: dict[str, Any] = {
+    "batch_size": 16,
+    "learning_rate": 2e-3,
+    "compile": False,
+    "device": "cpu",
+    "precision": "float32",
+    "evaluate_examples": 100,
+}
+TRAINING_DRY: dict[str, Any] = {
+    **TRAINING_SMALL,
+    "batch_size": 4,
+    "warmup": 5,
+    "evaluate_every": 50,
+}
 LEVELS, SAMPLES, SAMPLE_STEPS = 64, 64, 64
+#: Test images and levels of --small, and its steps: about ten minutes of one core.
+SMALL_TEST, SMALL_LEVELS, SMALL_STEPS = 1000, 16, 4000
 
 
 def operations(model: Model, batch: Tensor) -> int:
@@ -107,10 +130,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s that the device can do in bfloat16")
     parser.add_argument("--run", type=Path, help="folder of the run, to resume it")
+    parser.add_argument("--small", action="store_true", help="one core, a small network")
+    parser.add_argument("--steps", type=int, default=SMALL_STEPS, help="length of the training with --small")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
-    folder, dry = os.environ.get("LIKELY_DATA"), arguments.dry_run
-    if dry:
+    folder, dry, small = os.environ.get("LIKELY_DATA"), arguments.dry_run, arguments.small
+    if dry or small:
         torch.set_num_threads(1)
     if dry and not folder:
         train_set, valid_set, test_set = pretend(16)
@@ -119,18 +144,16 @@ def main() -> None:
         train_set, valid_set, test_set = read_cifar(Path(folder) / "cifar10", 32 if dry else None)
     options = {**TRAINING, "batch_size": arguments.batch, "learning_rate": arguments.learning_rate}
     length: dict[str, Any] = {"budget": 60.0 * arguments.minutes}
+    model_options, levels = MODEL, LEVELS
     if dry:
-        options |= {
-            "batch_size": 4,
-            "compile": False,
-            "precision": "float32",
-            "warmup": 5,
-            "device": "cpu",
-            "evaluate_every": 50,
-        }
-        length = {"steps": 50}
+        model_options, levels, options, length = DRY, 4, {**options, **TRAINING_DRY}, {"steps": 50}
+        test_set = test_set.subset(slice(0, 4))
+    elif small:
+        model_options, levels, length = SMALL, SMALL_LEVELS, {"steps": arguments.steps}
+        options |= TRAINING_SMALL
+        test_set = test_set.subset(slice(0, SMALL_TEST))
     torch.manual_seed(arguments.seed)
-    model = find("vdm")(SPACE, **(SMALL if dry else MODEL))
+    model = find("vdm")(SPACE, **model_options)
     parameters = sum(p.numel() for p in model.parameters())
 
     started = time.process_time()
@@ -142,8 +165,8 @@ def main() -> None:
     device = next(result.model.parameters()).device
     model = result.model.eval()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    model.bound_levels = 4 if dry else LEVELS  # type: ignore[assignment]
-    bound = held_out(model, test_set.subset(slice(0, 4)) if dry else test_set)
+    model.bound_levels = levels  # type: ignore[assignment]
+    bound = held_out(model, test_set)
     per_example = operations(model, train_set.x[:2].to(device).float())
     content = {
         "bits_per_dim": units.bits_per_dim(bound.nats, SPACE.dims),
@@ -160,18 +183,20 @@ def main() -> None:
         "gflop_per_image": per_example / 1e9,
         "fraction_of_peak": speed * per_example / (arguments.peak * 1e12),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "options": {"model": SMALL if dry else MODEL, "training": {**options, **length}},
+        "options": {"model": model_options, "training": {**options, **length}},
         "run": provenance(time.process_time() - started),
     }
     if dry:
         print("\n".join(table(content)))
         return
-    write("vdm_cifar10", content, table(content))
-    sheet(model, RESULTS / "vdm_cifar10.png", SAMPLES)
+    name = "vdm_cifar10_small" if small else "vdm_cifar10"
+    write(name, content, table(content, name))
+    sheet(model, RESULTS / f"{name}.png", SAMPLES)
 
 
-def table(content: dict[str, Any]) -> list[str]:
+def table(content: dict[str, Any], name: str = "") -> list[str]:
     """The result as Markdown, the paper's figure first."""
+    peak = f", {100 * content['fraction_of_peak']:.1f} % of the peak" if content["device"] != "CPU" else ""
     parts = ", ".join(f"{name} {value:.4f}" for name, value in content["parts"].items())
     return [
         "# A diffusion model on CIFAR-10",
@@ -188,9 +213,9 @@ def table(content: dict[str, Any]) -> list[str]:
         "",
         f"Parts: {parts}; {content['test_images']:,} images at {content['levels']} levels each.",
         f"Training: {content['seconds']:,} s on {content['device']}, {content['images_per_second']:,.0f} images/s, "
-        f"{content['gflop_per_image']:.2f} GFLOP an image, {100 * content['fraction_of_peak']:.1f} % of the peak.",
+        f"{content['gflop_per_image']:.2f} GFLOP an image{peak}.",
         "",
-        "![samples](vdm_cifar10.png)",
+        f"![samples]({name}.png)",
     ]
 
 
