@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from likely.contract import Batches, Binary, Integers, Space, Table, Tokens, Unsupported
 from likely.data.streaming import Seen
-from likely.distributions.heads import BernoulliHead, CategoricalHead, Head, head
+from likely.distributions.heads import CategoricalHead, Head, head
 from likely.distributions.protocol import Distribution
 from likely.networks.features import Features
 from likely.networks.linear import Linear
@@ -113,9 +113,6 @@ class Columns(nn.Module):
         self.features = nn.ModuleList(features)
         self.project = nn.ModuleList(Linear(math.prod(one.shape), width) for one in features)
         self.heads = nn.ModuleList(head("table", cell, (width,), **dict(options or {})) for cell in cells)
-        self.presence = nn.ModuleDict(
-            {str(j): BernoulliHead(Binary((1,)), (width,)) for j, column in enumerate(space.columns) if column.missing}
-        )
         self.register_buffer("_working", torch.zeros(()), persistent=False)  # has the dtype of the arithmetic
 
     def read(self, x: Tensor, start: int = 0) -> Tensor:
@@ -140,23 +137,12 @@ class Columns(nn.Module):
             out.append(torch.where(seen, nats, 0.0))
         return torch.cat(out, 1)
 
-    def log_presence(self, h: Tensor, x: Tensor) -> Tensor:
-        """log P that each cell is there, or is missing, as it is, in nats: shapes as :meth:`log_probs`."""
-        out = [h.new_zeros(len(h), 1)] * x.shape[1]
-        for name, law in self.presence.items():
-            j = int(name)
-            out[j] = law(h[:, j]).log_prob((~torch.isnan(x[:, j : j + 1])).to(h.dtype))
-        return torch.cat(out, 1)
-
     def initialise(self, batches: Batches) -> None:
         """Scales and biases of features and heads, from passes over the data."""
         for modules in (self.features, self.heads):
             for j, module in enumerate(modules):
                 assert isinstance(module, Features | Head)
                 module.initialise(Seen(batches, lambda x, j=j: x[:, j : j + 1]))
-        for name, law in self.presence.items():
-            assert isinstance(law, Head)
-            law.initialise(Seen(batches, lambda x, j=int(name): (~torch.isnan(x[:, j : j + 1])).double()))
 
 
 def best_of_draws(space: Space, drawn: Tensor, weights: Tensor) -> Tensor:

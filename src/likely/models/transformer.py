@@ -9,12 +9,8 @@ place (with the condition's added), h_t what comes out at place t.
 Attention is causal, with rotary positions beside the places' own vectors.  In training one pass gives all laws; drawing
 and decoding go cell by cell, with keys and values of earlier cells kept.
 
-*Missing cells* of a table are information: whether a cell is there is itself predicted, and what comes later sees that
-it is missing.  With m the pattern of holes the model's number is
-
-    log p(x_observed, m | c) = Σ_t [ log P(m_t | ·) + 1{t observed} log p(x_t | ·) ]   ≤ log p(x_observed | c),
-
-a lower bound on the log-probability of the observed cells alone; its part ``holes`` says what the pattern costs.
+*Missing cells* of a table are information: a law sees which of the cells before it are missing, and a missing cell is
+no factor of the product.  The bound is log p(observed cells | which are observed).
 """
 
 from __future__ import annotations
@@ -85,6 +81,8 @@ class Transformer(Model):
 
     spaces = (Binary, Integers, Tokens, Table)
     conditional = True
+    #: A missing cell says something, so that rows with and without it have laws of their own.
+    reads_holes = True
     #: Whether every cell is predicted from the cells before it alone.
     causal = True
 
@@ -154,32 +152,14 @@ class Transformer(Model):
         return tokens if context is None else tokens + context.unsqueeze(1)
 
     def bound(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Bound:
-        """log p(x | c) in nats, exact; of a table with holes log p(x_observed, m | c), a lower bound."""
-        found = [self._nats(part, context) for part, context in self._pieces(x, self._context(condition))]
-        cells, holes = (torch.cat(parts) for parts in zip(*found))
-        if not self.space.missing:
-            return Bound("exact", {"cells": cells.sum(1)})
-        return Bound("lower bound", {"cells": cells.sum(1), "holes": holes.sum(1)})
+        """log p(x | c) in nats, exact; of a row with holes log p(x_observed | which are observed, c)."""
+        nats = self.column_nats(x, condition)
+        return Bound("exact", {"cells": nats.flatten(1).sum(1)})
 
     def column_nats(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
-        """What each cell adds to the bound, nats, shape ``(batch, *shape)``; 0 where it is missing.
-
-        What the pattern of holes costs is shared equally among the cells that are there.
-        """
-        found = []
-        for part, context in self._pieces(x, self._context(condition)):
-            cells, holes = self._nats(part, context)
-            seen = (~torch.isnan(part)).to(cells.dtype) if self.space.missing else torch.ones_like(cells)
-            found.append(cells + seen * (holes.sum(1, True) / seen.sum(1, True).clamp(min=1.0)))
-        return torch.cat(found).reshape(x.shape)
-
-    def _nats(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """log p(x_t | ·) and log P(m_t | ·) in nats: shape ``(n, T)`` both."""
-        h = self._hidden(x, context)
-        cells = self.cells.log_probs(h, x)
-        if self.space.missing and isinstance(self.cells, Columns):
-            return cells, self.cells.log_presence(h, x)
-        return cells, torch.zeros_like(cells)
+        """log p(x_t | ·) of each cell in nats, shape ``(batch, *shape)``; 0 where it is missing."""
+        pieces = self._pieces(x, self._context(condition))
+        return torch.cat([self.cells.log_probs(self._hidden(part, c), part) for part, c in pieces]).reshape(x.shape)
 
     def _pieces(self, x: Tensor, context: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Flattened cells and context of some examples at a time; of all in training."""
