@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ class Columns(nn.Module):
         for modules in (self.features, self.heads):
             for j, module in enumerate(modules):
                 assert isinstance(module, Features | Head)
-                module.initialise(Seen(batches, lambda x, j=j: x[:, j : j + 1]))
+                module.initialise(Seen(batches, partial(torch.narrow, dim=1, start=j, length=1)))
 
 
 def best_of_draws(space: Space, drawn: Tensor, weights: Tensor) -> Tensor:
