@@ -431,6 +431,12 @@ class Model(nn.Module):
         """The model's name on the command line: the name of its file."""
         return cls.__module__.rpartition(".")[2]
 
+    def check_condition(self, condition: Tensor | None) -> None:
+        """Raise ``ValueError`` unless there is a condition where the model has been built for one, and only there."""
+        if (condition is None) != (self.condition is None):
+            expected = "no condition" if self.condition is None else "a condition"
+            raise ValueError(f"condition: this model was built with {expected}")
+
     def bound(self, x: Tensor, condition: Tensor | None = None, noise: Noise | None = None) -> Bound:
         """log p(x) or a bound on it, in nats per example: the honest number.
 

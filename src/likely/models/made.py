@@ -494,9 +494,7 @@ class Made(Model):
 
     def _context(self, condition: Tensor | None) -> Tensor | None:
         """Features of the condition as a vector, or None."""
-        if (condition is None) != (self.condition_features is None):
-            expected = "a condition" if condition is None else "no condition"
-            raise ValueError(f"condition: this model was built with {expected}")
+        self.check_condition(condition)
         if condition is None or self.condition_features is None:
             return None
         return self.condition_features(condition, self._working.dtype).flatten(1)

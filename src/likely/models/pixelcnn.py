@@ -418,9 +418,7 @@ class PixelCNN(Model):
 
     def _context(self, condition: Tensor | None) -> Tensor | None:
         """What the condition adds in the first layer: shape ``(n, width)``, or None."""
-        if (condition is None) != (self.condition_features is None):
-            expected = "a condition" if condition is None else "no condition"
-            raise ValueError(f"condition: this model was built with {expected}")
+        self.check_condition(condition)
         if condition is None or self.condition_features is None or self.context is None:
             return None
         return self.context(self.condition_features(condition, self.fill.dtype).flatten(1))

@@ -522,9 +522,7 @@ class VDM(Model):
     def _context(self, n: int, condition: Tensor | None, kept: Tensor | None = None) -> Tensor | None:
         """Features of the condition and, with ``condition_dropout``, whether it is known: ``(n, width)`` or None."""
         if self.condition_features is None or (condition is None and not self.condition_dropout):
-            if (condition is None) != (self.condition_features is None):
-                expected = "a condition" if condition is None else "no condition"
-                raise ValueError(f"condition: this model was built with {expected}")
+            self.check_condition(condition)
             return None
         dtype, device = self.ends.high.dtype, self.ends.high.device
         if condition is None:
