@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from likely.networks import linear
-from likely.networks.linear import LARGE, Linear
+from likely.networks.linear import LARGE, Linear, affine_columns
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 
@@ -84,3 +84,38 @@ def test_value_of_a_view(products: list[tuple[int, ...]]) -> None:
     turned = x.transpose(0, 1)
     close(layer(turned), oracle(turned.double()))
     assert products
+
+
+def columns_and_oracle() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """x, W and b for :func:`affine_columns`, in float32 and float64."""
+    torch.manual_seed(0)
+    arguments = torch.randn(IN, 600), torch.randn(OUT, IN), torch.randn(OUT)
+    assert 600 * IN * OUT >= linear._LARGE_COLUMNS
+    return [tuple(a.to(dtype).requires_grad_() for a in arguments) for dtype in (torch.float32, torch.float64)]
+
+
+def test_columns_and_their_derivatives(products: list[tuple[int, ...]]) -> None:
+    results = []
+    for (x, weight, bias), map_ in zip(
+        columns_and_oracle(), (affine_columns, lambda x, weight, bias: weight @ x + bias.unsqueeze(1))
+    ):
+        y = map_(x, weight, bias)
+        slopes = torch.autograd.grad(y.div(IN).tanh().square().sum(), (x, weight, bias), create_graph=True)
+        second = torch.autograd.grad(sum(slope.square().sum() for slope in slopes), (x, weight, bias))
+        results.append([y, *slopes, *second])
+    for got, expected in zip(*results):
+        close(got, expected)
+    assert len(products) > 3
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_columns_directional_derivative(products: list[tuple[int, ...]]) -> None:
+    ours, (x, weight, bias) = columns_and_oracle()
+    directions = [torch.randn(a.shape) for a in ours]
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(a, direction) for a, direction in zip(ours, directions)]
+        pair = torch.autograd.forward_ad.unpack_dual(affine_columns(*duals))
+    assert products
+    of_x, of_weight, of_bias = (direction.double() for direction in directions)
+    close(pair.primal, weight @ x + bias.unsqueeze(1))
+    close(pair.tangent, weight @ of_x + of_weight @ x + of_bias.unsqueeze(1))

@@ -234,8 +234,8 @@ class Autoregressive(Bijection):
 
     def _columns(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """z and its log-slopes: ``(features, batch)``."""
-        numbers = full_precision(self.network(x, context)).transpose(1, 2)
-        return self.transform.forward(x.t().contiguous(), numbers)
+        columns = x.t().contiguous()
+        return self.transform.forward(columns, full_precision(self.network.of_columns(columns, context)))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         columns = z.flatten(1).t().contiguous()

@@ -160,10 +160,12 @@ class _Curve(torch.autograd.Function):
         at = passed.sum(0, keepdim=True)
         pair = at.expand(2, 1, *x.shape)
         share_of_bin, lower = shares.gather(1, pair).squeeze(1), knots.gather(1, pair).squeeze(1)
-        w, h = sizes = share_of_bin * free + least
+        sizes = share_of_bin * free + least
+        w, h = sizes.unbind()
         ends = torch.cat([at, at + 1])
         raw = spline._edges(numbers).gather(0, ends).add_(_UNIT)
-        d0, d1 = slopes = F.softplus(raw).add_(LEAST_SLOPE)
+        slopes = F.softplus(raw).add_(LEAST_SLOPE)
+        d0, d1 = slopes.unbind()
         theta, s = (inside - lower[0]).div_(w), h / w
         rest = 1.0 - theta
         u, square, rest_square = theta * rest, theta * theta, rest * rest
@@ -196,7 +198,7 @@ class _Curve(torch.autograd.Function):
             of_x, of_numbers = (next(grads) if needed else None for needed in ctx.needs_input_grad[:2])
             return of_x, of_numbers, None
         theta, s, rest, u, square, rest_square, curve, below, rise, above, slope, outside = found
-        (w, h), (d0, d1), k = sizes, slopes, spline.bins
+        (w, h), (d0, d1), k = sizes.unbind(), slopes.unbind(), spline.bins
 
         # 1. What lies outside sees the slope at the edge alone
         of_z = of_z.contiguous()  # a view in another order would slow all that follows

@@ -15,7 +15,7 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor, nn
 
-from likely.networks.linear import Linear, affine
+from likely.networks.linear import Linear, affine, affine_columns
 from likely.networks.mlp import make_activation
 
 
@@ -49,6 +49,10 @@ class MaskedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return affine(x, self.masked_weight(), self.bias)
+
+    def of_columns(self, x: Tensor) -> Tensor:
+        """:meth:`forward` of examples that stand as columns, shape ``(in, examples)``."""
+        return affine_columns(x, self.masked_weight(), self.bias)
 
 
 class MaskedMLP(nn.Module):
@@ -105,16 +109,20 @@ class MaskedMLP(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Numbers for every feature: shape ``(out_per_feature, batch, features)``, in memory the examples last."""
+        return self.of_columns(x.t(), context).transpose(1, 2)
+
+    def of_columns(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """:meth:`forward` of examples that stand as columns, ``(features, batch)``: ``(numbers, features, batch)``."""
         first, *others = self.layers
-        h = first(x)
+        h = first.of_columns(x)  # type: ignore[operator]
         if self.context is not None:
             assert context is not None
-            h = h + self.context(context)
+            h = h + self.context(context).t()
         h = self.activation(h)
         for layer in others:
-            new = self.activation(layer(h))
+            new = self.activation(layer.of_columns(h))  # type: ignore[operator]
             h = h + new if self.residual else new
-        return examples_last(h, self.output.masked_weight(), self.output.bias, self.out_per_feature)
+        return self.output.of_columns(h).view(self.out_per_feature, self.features, -1)
 
     def walk(self, n: int, context: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
         """Numbers for the features in their order, ``(out_per_feature, n)`` each; no unit is computed twice.
@@ -155,7 +163,7 @@ def examples_last(h: Tensor, weight: Tensor, bias: Tensor, numbers: int) -> Tens
 
     What is done to one number of all cells, or to all examples of one cell, then runs along contiguous memory.
     """
-    return (affine(weight, h, None) + bias.unsqueeze(1)).unflatten(0, (numbers, -1)).transpose(1, 2)
+    return affine_columns(h.t(), weight, bias).unflatten(0, (numbers, -1)).transpose(1, 2)
 
 
 class _Rows:
