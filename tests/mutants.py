@@ -970,9 +970,9 @@ MUTANTS = [
         "context masked out",
         told(of_bijections.test_the_context_matters_and_is_asked_for, "autoregressive of one cell, given"),
         MaskedMLP,
-        "forward",
-        "h = h + self.context(context)",
-        "h = h + 0.0 * self.context(context)",
+        "of_columns",
+        "self.context(context)",
+        "0.0 * self.context(context)",
     ),
     Mutant(
         "tail with another slope than the box",

@@ -209,7 +209,7 @@ class _Curve(torch.autograd.Function):
         of_z, of_log_slope = of_z.masked_fill(outside, 0.0), of_log_slope.masked_fill(outside, 0.0)
 
         # 2. By θ, s = h / w, and the two slopes, at fixed h
-        turn = torch.rsub(theta, 1.0, alpha=2.0)
+        turn = rest - theta
         by_above, by_below, by_rise = of_log_slope / above, of_log_slope / below, (of_z * h).div_(below)
         bent = (d1 * theta).addcmul_(s, turn).addcmul_(d0, rest, value=-1.0)
         of_theta = bent.mul_(by_above).addcmul_(by_below * curve, turn, value=-1.0)  # half of it, but for that by z
@@ -219,7 +219,7 @@ class _Curve(torch.autograd.Function):
         of_s = (of_log_slope / s).addcmul_(by_above, u).mul_(2.0).addcmul_(by_rise, square)
         by_below.mul_(2.0)
         by_both = torch.addcmul(by_below, by_rise, rise)
-        of_s.addcmul_(by_both, torch.rsub(u, 1.0, alpha=2.0), value=-1.0).div_(w)
+        of_s.addcmul_(by_both, square + rest_square, value=-1.0).div_(w)  # 1 − 2u = θ² + (1−θ)²
         by_both.mul_(u)
         of_slopes = torch.empty_like(slopes)
         torch.mul(by_rise, u, out=of_slopes[0]).addcmul_(by_above, rest_square).sub_(by_both)
