@@ -61,7 +61,7 @@ from likely.models.nsf import NSF
 from likely.models.transformer import Transformer
 from likely.models.vae import VAE
 from likely.models.vdm import VDM
-from likely.networks import normconv, winograd
+from likely.networks import coupling, normconv, winograd
 from likely.networks.attention import Attention
 from likely.networks.features import Features
 from likely.networks.masked import MaskedLinear, MaskedMLP
@@ -877,6 +877,14 @@ MUTANTS = [
         "_numbers",
         "self.given(given)",
         "self.given(0.0 * given)",
+    ),
+    Mutant(
+        "kernel that is not turned around for the derivative",
+        told(of_glow.test_a_coupling_network_a_few_examples_at_a_time, "none"),
+        coupling,
+        "_turned",
+        "weight.flip(2, 3)",
+        "weight",
     ),
     Mutant(
         "density of the dequantising noise left out",

@@ -21,6 +21,7 @@ from likely.data import Dataset, Dequantise, Preprocessed
 from likely.evaluation import attribute_direction, interpolate, move_along
 from likely.models.dequantised import Dequantised
 from likely.models.glow import Glow, GlowStep
+from likely.networks.coupling import CouplingNetwork
 from likely.noise import KeyedNoise, StreamNoise, TemperedNoise, content_keys
 
 ROOT = Path(__file__).parent.parent
@@ -175,6 +176,60 @@ def test_a_coupling_starts_as_the_identity() -> None:
     z, log_det = ChannelCoupling(4, Affine(), 16).double().requires_grad_(False)(x)
     assert torch.equal(z, x)
     assert float(log_det.abs().max()) == 0.0
+
+
+def network_and_maps(context: str) -> tuple[CouplingNetwork, list[Tensor]]:
+    """A coupling network in float32, and for 33 examples, too many to be taken at a time, its input and context."""
+    torch.manual_seed(0)
+    network = CouplingNetwork(2, 4, 64, 0 if context == "none" else 3)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    shapes = {"none": [], "vector": [(33, 3)], "map": [(33, 3, 23, 24)]}[context]
+    return network, [torch.randn(shape, requires_grad=True) for shape in ((33, 2, 23, 24), *shapes)]
+
+
+@pytest.mark.parametrize("context", ["none", "vector", "map"])
+def test_a_coupling_network_a_few_examples_at_a_time(context: str) -> None:
+    network, maps = network_and_maps(context)
+    y = network(*maps)
+    assert type(y.grad_fn).__name__ == "_LeanBackward"
+    direction = torch.randn(y.shape)
+    found = [y.detach(), *torch.autograd.grad((y * direction).sum(), [*maps, *network.parameters()])]
+    network.double()
+    maps = [part.detach().double().requires_grad_() for part in maps]
+    y = network(*maps)
+    assert type(y.grad_fn).__name__ == "ConvolutionBackward0"
+    expected = [y.detach(), *torch.autograd.grad((y * direction).sum(), [*maps, *network.parameters()])]
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_coupling_network_that_is_fixed_gives_the_derivative_by_its_input_alone() -> None:
+    network, (x,) = network_and_maps("none")
+    expected = torch.autograd.grad(network(x).square().sum(), x)[0]
+    network.requires_grad_(False)
+    torch.testing.assert_close(torch.autograd.grad(network(x).square().sum(), x)[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # PyTorch's own use of it
+def test_derivatives_of_derivatives_and_forward_ones_of_a_coupling_network() -> None:
+    network, (x,) = network_and_maps("none")
+
+    def slope_of_slope(x: Tensor, *parameters: Tensor) -> list[Tensor]:
+        slope = torch.autograd.grad(network(x).pow(3).sum(), x, create_graph=True)[0]
+        return list(torch.autograd.grad(slope.square().sum(), [x, *parameters]))
+
+    found = slope_of_slope(x, *network.first.parameters(), network.last.weight)
+    tangent = torch.ones_like(x)
+    forward = torch.func.jvp(network, (x,), (tangent,))[1]
+    network.double()
+    x = x.detach().double().requires_grad_()
+    expected = slope_of_slope(x, *network.first.parameters(), network.last.weight)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    torch.testing.assert_close(
+        forward.double(), torch.func.jvp(network, (x,), (tangent.double(),))[1], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_reduced_temperature_scales_the_latent_vector() -> None:

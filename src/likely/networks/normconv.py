@@ -13,9 +13,10 @@ channels)``.  Two implementations give the same numbers:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -174,7 +175,8 @@ class _Lean(torch.autograd.Function):
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x, skip, shift, _, gain, offset, _, bias, mean, r, moving, seen, kernel = ctx.saved_tensors
         if torch.is_grad_enabled():  # for the derivative of the derivative
-            return *_plain_backward(ctx, gradient), None
+            function = functools.partial(plain, groups=ctx.groups)
+            return *differentiable_backward(function, ctx.saved_tensors[:8], ctx.needs_input_grad, gradient), None
         gradient = gradient.contiguous()
         maps = [part.contiguous() for part in (x, skip) if part is not None]
         positions = x.shape[1] * x.shape[2]
@@ -218,12 +220,13 @@ class _Lean(torch.autograd.Function):
         )
 
 
-def _plain_backward(ctx: Any, gradient: Tensor) -> list[Tensor | None]:
-    arguments = ctx.saved_tensors[:8]
-    wanted = [part for part, needed in zip(arguments, ctx.needs_input_grad) if needed]
-    y = plain(*arguments, ctx.groups)  # type: ignore[call-arg]
-    found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[:8]]
+def differentiable_backward(
+    function: Callable[..., Tensor], arguments: Sequence[Tensor | None], needed: Sequence[bool], gradient: Tensor
+) -> list[Tensor | None]:
+    """Gradients with respect to the arguments that need one, by the plain form of a lean function: differentiable."""
+    wanted = [part for part, is_needed in zip(arguments, needed) if part is not None and is_needed]
+    found = iter(torch.autograd.grad(function(*arguments), wanted, gradient, create_graph=True))
+    return [next(found) if is_needed else None for _, is_needed in zip(arguments, needed)]
 
 
 def in_forward_mode() -> bool:
