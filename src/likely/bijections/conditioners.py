@@ -48,7 +48,7 @@ class Unconditional(Bijection):
     def _numbers(self, x: Tensor) -> Tensor:
         if self.numbers is None:
             return x.new_empty(0, *x.shape)
-        return self.numbers.expand(-1, *x.shape)
+        return self.numbers if self.transform.shares else self.numbers.expand(-1, *x.shape)
 
 
 class Conditioned(Bijection):

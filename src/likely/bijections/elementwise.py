@@ -20,6 +20,8 @@ class Elementwise:
 
     #: How many numbers f takes for a cell.
     numbers: int = 0
+    #: Whether examples may share their numbers, which then have an axis of length 1 in their place.
+    shares: bool = False
 
     def forward(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """z and log ∂z/∂x of every cell, of the shape of x.
@@ -121,14 +123,15 @@ class Arcsinh(Elementwise):
     """
 
     numbers = 1
+    shares = True
 
     def __init__(self, limit: float = 4.0) -> None:
         self.limit = limit
 
     def forward(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         rate = self._rate(numbers)
-        z = torch.asinh(x * rate)
-        return z / rate, -_log_cosh(z)
+        u = x * rate
+        return torch.asinh(u) / rate, -torch.hypot(u, u.new_ones(())).log()  # ∂z/∂x = 1 / √(1 + u²), without overflow
 
     def inverse(self, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         rate = self._rate(numbers)
