@@ -7,7 +7,7 @@ as the products.  So there are two implementations with the same numbers:
 
 * :func:`plain`, of PyTorch's operations, for any device and type, for compilation and derivatives of any order;
 * :class:`_Lean`, for float32 on the CPU, which takes a few examples at a time through the whole network, so that what
-  is between stays in the processor's cache, and keeps for the derivative x and h₂ alone.
+  is between is still in the processor's cache when it is needed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _second(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _Lean(torch.autograd.Function):
-    """The network a few examples at a time; h₁, of few products, is made again for the derivative."""
+    """The network, and its derivative, a few examples at a time."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -97,11 +97,12 @@ class _Lean(torch.autograd.Function):
         w3: Tensor,
         b3: Tensor,
     ) -> Tensor:
-        hidden, y = [], []
+        first, second, y = [], [], []
         for x_part, shift_part in _few(x, shift, len(w1)):
-            hidden.append(_second(_first(x_part, shift_part, w1, b1), w2, b2))
-            y.append(F.conv2d(hidden[-1], w3, b3, padding=1))
-        ctx.save_for_backward(x, shift, w1, b1, w2, b2, w3, b3, *hidden)
+            first.append(_first(x_part, shift_part, w1, b1))
+            second.append(_second(first[-1], w2, b2))
+            y.append(F.conv2d(second[-1], w3, b3, padding=1))
+        ctx.save_for_backward(x, shift, w1, b1, w2, b2, w3, b3, *first, *second)
         return torch.cat(y)
 
     @staticmethod
@@ -109,16 +110,17 @@ class _Lean(torch.autograd.Function):
         arguments, hidden = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
         if torch.is_grad_enabled():  # for the derivative of the derivative
             return tuple(differentiable_backward(plain, arguments, ctx.needs_input_grad, gradient))
-        x, shift, w1, b1, w2, _, w3, _ = arguments
+        x, shift, w1, _, w2, _, w3, _ = arguments
         turned1, turned2, turned3 = (_turned(weight) for weight in (w1, w2, w3))
         of_1, of_2, of_3 = ([torch.zeros_like(p) for p in arguments[at : at + 2]] for at in (2, 4, 6))
-        of_x, of_shift = [], []
-        gradients = gradient.contiguous(memory_format=torch.channels_last).tensor_split(len(hidden))
-        for (x_part, shift_part), h2, of_y in zip(_few(x, shift, len(w1)), hidden, gradients):
+        of_x, of_shift, parts = [], [], len(hidden) // 2
+        gradients = gradient.contiguous(memory_format=torch.channels_last).tensor_split(parts)
+        for (x_part, shift_part), h1, h2, of_y in zip(
+            _few(x, shift, len(w1)), hidden[:parts], hidden[parts:], gradients
+        ):
             # What reads h2 first fetches it from memory, and elementwise operations do that faster than products
             of_h2 = _through_relu(F.conv2d(of_y, turned3, padding=1), h2)
             _add_product(of_3, h2, of_y, w3)
-            h1 = _first(x_part, shift_part, w1, b1)
             of_h1 = _through_relu(F.conv2d(of_h2, turned2), h1)
             _add_product(of_2, h1, of_h2, w2)
             _add_product(of_1, x_part, of_h1, w1)
