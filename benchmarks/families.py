@@ -155,8 +155,8 @@ def measure(name: str, data: str, minutes: float, seed: int, most: int | None) -
     return row, (samples.squeeze(1).double() * (255 / top)).round().to(torch.uint8)
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
+def table(result: dict[str, Any], picture: str = "") -> str:
+    """The result as Markdown, with the name of the picture."""
     lines = [
         f"# {result['data']}: held-out bits/dim after {result['minutes']:g} CPU minutes of training, one thread",
         "",
@@ -173,7 +173,9 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['name']} | {value} | {row['kind']} | {row['parameters']:,} | {row['steps']:,}, {row['best_step']:,} | {row['cpu_seconds']} |"
         )
     images, names = result["rows"][0]["test_images"], ", ".join(row["name"] for row in result["rows"])
-    lines += ["", f"The picture beside this table: {SAMPLES[0]} rows of samples of each of {names}, from above."]
+    lines += ["", f"Samples, {SAMPLES[0]} rows each, from above: {names}."]
+    if picture:
+        lines += ["", f"![samples]({picture})"]
     lines += ["", f"{images:,} test images.  `{result['command']}`, {result['machine']}, {result['date']}.", ""]
     return "\n".join(lines)
 
@@ -212,9 +214,10 @@ def main() -> None:
     }
     print(table(result))
     if arguments.out is not None:
+        picture = arguments.out.with_suffix(".png")
         arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        arguments.out.with_suffix(".md").write_text(table(result), encoding="utf-8")
-        write_sheet(torch.cat(pictures).numpy(), arguments.out.with_suffix(".png"), across=SAMPLES[1])
+        arguments.out.with_suffix(".md").write_text(table(result, picture.name), encoding="utf-8")
+        write_sheet(torch.cat(pictures).numpy(), picture, across=SAMPLES[1])
 
 
 if __name__ == "__main__":
