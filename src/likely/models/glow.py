@@ -197,9 +197,7 @@ class Glow(Model):
 
     def _context(self, condition: Tensor | None) -> Tensor | None:
         """A vector made of the condition, or None."""
-        if (condition is None) != (self.features is None):
-            expected = "a condition" if condition is None else "no condition"
-            raise ValueError(f"condition: this model was built with {expected}")
+        self.check_condition(condition)
         if condition is None or self.features is None or self.embedding is None:
             return None
         return full_precision(self.embedding(self.features(condition, self._dtype).flatten(1)))
