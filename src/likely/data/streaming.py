@@ -30,6 +30,18 @@ class Seen:
             yield self._see(x), condition
 
 
+def first(batches: Batches, examples: int) -> tuple[Tensor, Tensor | None]:
+    """The first batches together, up to the one that brings the number of ``examples``; with their conditions."""
+    found, count = [], 0
+    for x, condition in batches:
+        found.append((x, condition))
+        count += len(x)
+        if count >= examples:
+            break
+    conditions = [condition for _, condition in found if condition is not None]
+    return torch.cat([x for x, _ in found]), torch.cat(conditions) if conditions else None
+
+
 class Moments:
     """Count, mean and variance of every cell over a stream of batches, missing cells left out.
 

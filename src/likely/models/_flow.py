@@ -19,7 +19,7 @@ it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +38,7 @@ from likely.contract import (
     Unsupported,
     noise_or_global,
 )
-from likely.data.streaming import Moments
+from likely.data.streaming import Moments, Seen, first
 from likely.models.made import Made
 from likely.networks import Features
 from likely.noise import Noise
@@ -196,21 +196,13 @@ class Flow(Model):
         self.location.copy_(moments.mean)
         self.unit.copy_(torch.where(constant, lent, variance.sqrt()))
         if self.codes is not None and self.code_features is not None:
-            of_codes = _Codes(batches, self._coded)
+            of_codes = Seen(batches, lambda x: x[:, self._coded])
             self.codes.initialise(of_codes)
             self.code_features.initialise(of_codes)
         if self.condition_features is not None:
             self.condition_features.initialise(batches, of_condition=True)
-        rows, conditions, count = [], [], 0
-        for x, condition in batches:
-            rows.append(x)
-            conditions.append(condition)
-            count += len(x)
-            if count >= STARTING_EXAMPLES:
-                break
-        x = torch.cat(rows)
-        given = None if self.condition is None else torch.cat([c for c in conditions if c is not None])
-        self.bijection.initialise(self._standard(x, None), self._context(x, given))
+        x, condition = first(batches, STARTING_EXAMPLES)
+        self.bijection.initialise(self._standard(x, None), self._context(x, condition))
 
     def _numbers(self, x: Tensor) -> Tensor:
         flat = x.flatten(1).to(self.location)
@@ -251,9 +243,7 @@ class Flow(Model):
 
     def _context_of(self, codes: Tensor | None, condition: Tensor | None) -> Tensor | None:
         """Features of the codes and of the condition, or None where there are neither."""
-        if (condition is None) != (self.condition_features is None):
-            expected = "a condition" if condition is None else "no condition"
-            raise ValueError(f"condition: this model was built with {expected}")
+        self.check_condition(condition)
         found = []
         for features, values in ((self.code_features, codes), (self.condition_features, condition)):
             if features is not None and values is not None:
@@ -267,14 +257,3 @@ def check_flow_options(transforms: int, tails: str) -> None:
         raise ValueError(f"transforms: expected at least 1, got {transforms}")
     if tails not in ("heavy", "normal"):
         raise ValueError(f"tails: expected 'heavy' or 'normal', got {tails!r}")
-
-
-class _Codes:
-    """The coded columns of batches."""
-
-    def __init__(self, batches: Batches, coded: Sequence[int]) -> None:
-        self._batches, self._coded = batches, list(coded)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for x, condition in self._batches:
-            yield x[:, self._coded], condition

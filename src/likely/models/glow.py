@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from likely.bijections import ActNorm, Additive, Affine, Bijection, Chain, InvertibleConvolution
 from likely.bijections.multiscale import ChannelCoupling, MultiScale, level_shapes
 from likely.contract import Batches, Bound, Model, Reals, Space, Unsupported, noise_or_global
+from likely.data.streaming import first
 from likely.networks import Features, Linear, full_precision
 from likely.noise import Noise
 
@@ -171,15 +172,9 @@ class Glow(Model):
         """ActNorm from the first examples (section 3.1)."""
         if self.features is not None:
             self.features.initialise(batches, of_condition=True)
-        xs, contexts, count = [], [], 0
-        for x, condition in batches:
-            xs.append(x.to(self._dtype))
-            contexts.append(self._context(condition))
-            count += len(x)
-            if count >= STARTING_EXAMPLES:
-                break
-        context = None if self.features is None else torch.cat(contexts).detach()  # type: ignore[arg-type]
-        self.bijection.initialise(torch.cat(xs), context)
+        x, condition = first(batches, STARTING_EXAMPLES)
+        context = self._context(condition)
+        self.bijection.initialise(x.to(self._dtype), None if context is None else context.detach())
 
     @classmethod
     def tiny(cls, space: Space, condition: Space | None = None) -> Glow:
