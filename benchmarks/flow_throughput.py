@@ -104,7 +104,16 @@ def compare(case: str, rivals: str | None, rounds: int) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """The record in Markdown."""
-    lines = []
+    where, versions = record["machine"], ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    lines = [
+        "# Flows beside zuko, nflows and normflows",
+        "",
+        f"Command: `{record['command']}`.  {record['date']}, float32, one thread, processor time; batch "
+        f"{record['settings']['batch']}, {record['settings']['rounds']} rounds in turns: medians, and medians of the ratios "
+        "within a round.",
+        f"Machine: {where['processor']}, {where['cores']} cores, load {where['load']}; {versions}.",
+        "",
+    ]
     for case, result in record["cases"].items():
         samples = CASES[case][2]
         lines += [
