@@ -160,7 +160,9 @@ def table(result: dict[str, Any], picture: str = "") -> str:
     lines = [
         f"# {result['data']}: held-out bits/dim after {result['minutes']:g} CPU minutes of training, one thread",
         "",
-        "Bounds are those of the contract on the test images; ± is the standard error over images.",
+        "Bounds are those of the contract on the test images; ± is the standard error over images.  The steps were set",
+        "before the training, from their measured cost; what was spent, evaluations on held-out images included, is in the",
+        "table.",
         "",
         "| family | bits/dim | kind | parameters | steps, best | CPU s with evaluations |",
         "|---|---|---|---|---|---|",
