@@ -666,7 +666,7 @@ MUTANTS = [
         told(of_diffusion.test_with_the_best_denoiser_the_bound_is_the_log_probability),
         bound,
         "squared_errors",
-        "return (noisy - denoise(z, flat_gamma, context).eps)",
+        "return (noisy - predicted_noise(denoise, z, flat_gamma, context))",
         "return (noisy - denoise(z, flat_gamma, context).eps.clamp(-1.0, 1.0))",
     ),
     Mutant(

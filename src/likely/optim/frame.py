@@ -217,7 +217,8 @@ class UpdateRule(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to a state of this class, or of the class of the same name in torch.optim, to the bit.
 
-        Tensors keep the type that they were saved in (PyTorch would cast them to the parameter's).
+        Tensors keep the type that they were saved in (PyTorch would cast them to the parameter's).  They are copied
+        to memory of their own, aligned as that of a run that never stopped: the last bit of a product may depend on it.
         """
         saved = state_dict["state"]
         super().load_state_dict(state_dict)
@@ -226,8 +227,9 @@ class UpdateRule(Optimizer):
         for key, parameter in zip(keys, parameters):
             state = self.state.get(parameter, {})
             for name, value in saved.get(key, {}).items():
-                if isinstance(value, Tensor) and state[name].dtype != value.dtype:
-                    state[name] = value.to(state[name].device, copy=True)
+                if isinstance(value, Tensor):
+                    same = state[name].dtype == value.dtype
+                    state[name] = state[name].clone() if same else value.to(state[name].device, copy=True)
             for theirs, ours in self.names_in_torch.items():
                 if theirs in state:
                     state[ours] = state.pop(theirs)
