@@ -513,12 +513,14 @@ def noise_or_global(noise: Noise | None, like: Tensor | nn.Module) -> Noise:
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` with the nearest valid name if ``function`` does not take one of the options."""
-    names = [n for n, p in inspect.signature(function).parameters.items() if n != "self" and p.kind != p.VAR_KEYWORD]
+    is_model = isinstance(function, type) and issubclass(function, Model)
+    taken = function.__init__ if is_model else function  # type: ignore[misc]  # of a model's __new__ in Python 3.11.2
+    names = [n for n, p in inspect.signature(taken).parameters.items() if n != "self" and p.kind != p.VAR_KEYWORD]
     for option in options:
         if option not in names:
             near = difflib.get_close_matches(option, names, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            title = function.name() if isinstance(function, type) and issubclass(function, Model) else function.__name__
+            title = function.name() if is_model else function.__name__  # type: ignore[attr-defined]
             valid = ", ".join(n for n in names if n not in ("space", "condition"))
             raise ValueError(f"{title} has no option {option!r}{hint} (options: {valid or 'none'})")
 
