@@ -12,6 +12,7 @@ with z_γ = α f + σ ε, where f is the example as real numbers.  The first ter
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Protocol
 
 import torch
@@ -68,7 +69,7 @@ CELLS = 1 << 19
 
 def predicted_noise(denoise: Denoise, z: Tensor, gamma: Tensor, context: Tensor | None = None) -> Tensor:
     """ε̂ of each row, shape of z ``(n, *shape)``; without a gradient a few rows at a time."""
-    size = max(1, CELLS * len(z) // z.numel())
+    size = max(1, CELLS // math.prod(z.shape[1:]))
     if torch.is_grad_enabled() or len(z) <= size:
         return denoise(z, gamma, context).eps
     contexts = itertools.repeat(None) if context is None else context.split(size)

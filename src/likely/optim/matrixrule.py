@@ -120,12 +120,8 @@ class MatrixRule(Adam):
         raise NotImplementedError
 
     def update_matrices(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
-        """What matrices of one kind lose, in units of the learning rate; their state becomes the new one."""
+        """What matrices of one shape lose, in units of the learning rate; their state becomes the new one."""
         raise NotImplementedError
-
-    def kind(self, number: int, parameter: Tensor, group: dict[str, Any]) -> tuple[Any, ...]:
-        """The shape of a parameter, and what else must be equal in parameters that are worked off together."""
-        return (tuple(parameter.shape),)
 
     def begin(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if self.is_matrix(parameter, group):  # whole on every process, where parameters are shared out
@@ -137,8 +133,8 @@ class MatrixRule(Adam):
         if self.is_elementwise(bucket, group):
             super().advance(bucket, group)
             return
-        kinds = [self.kind(*each, group) for each in zip(bucket.numbers, bucket.handles)]
-        for indices in batched(range(len(kinds)), kinds):  # what is made for one batch is gone before the next
+        shapes = [(tuple(handle.shape),) for handle in bucket.handles]
+        for indices in batched(range(len(shapes)), shapes):  # what is made for one batch is gone before the next
             together = Bucket(
                 [bucket.handles[i] for i in indices],
                 [bucket.parameters[i] for i in indices],
