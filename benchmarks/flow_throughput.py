@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from turns import Turns, machine, memory, play, playing, versions
+from turns import Turns, machine, memory, play, playing, versions, write_record
 
 #: case: (kind of flow in density.py for each player, cells, samples drawn in a turn)
 CASES: dict[str, tuple[dict[str, str], int, int]] = {
@@ -155,8 +155,7 @@ def main() -> None:
         print(case, json.dumps(record["cases"][case]), flush=True)
     print(table(record))
     if arguments.out:
-        arguments.out.with_name(arguments.out.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
-        arguments.out.with_name(arguments.out.name + ".md").write_text(table(record))
+        write_record(arguments.out, record, table(record))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ occurs.  The goal: no more than 300 MB above the table with seven names.  Linux 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from turns import machine, versions
+from turns import machine, versions, write_record
 
 ROWS, NAMES, FEW, GOAL = 200_000, 100_000, 7, 300.0
 MODELS = ("independent", "mixture", "made", "vae", "transformer")
@@ -94,8 +93,7 @@ def main() -> None:
     }
     print(table(record))
     if arguments.out:
-        arguments.out.with_name(arguments.out.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
-        arguments.out.with_name(arguments.out.name + ".md").write_text(table(record))
+        write_record(arguments.out, record, table(record))
 
 
 if __name__ == "__main__":

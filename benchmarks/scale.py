@@ -16,7 +16,6 @@ Linux only.  The files (up to 3.7 GiB) lie in a temporary folder that is removed
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -28,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from turns import Turns, machine, play, playing, versions
+from turns import Turns, machine, play, playing, versions, write_record
 
 COLUMNS, BATCH, STEPS = 16, 500, 100
 ROWS = (10**3, 10**4, 10**5, 10**6, 10**7)
@@ -227,9 +226,7 @@ def main() -> None:
             record["limit"] = under_limit(Path(folder), arguments.threads)
     print(table(record))
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.with_name(arguments.out.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
-        arguments.out.with_name(arguments.out.name + ".md").write_text(table(record))
+        write_record(arguments.out, record, table(record))
 
 
 if __name__ == "__main__":

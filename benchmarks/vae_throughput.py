@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import os
 import shutil
@@ -36,7 +35,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from turns import Turns, machine, play, playing, versions
+from turns import Turns, machine, play, playing, versions, write_record
 
 BATCH, LEARNING_RATE = 100, 1e-3
 #: name: (hidden widths of the encoder, latent dimension, activation)
@@ -629,9 +628,7 @@ def main() -> None:
         record["networks"][network] = compare(network, names, pythons, arguments)
     print(table(record))
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.with_name(arguments.out.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
-        arguments.out.with_name(arguments.out.name + ".md").write_text(table(record))
+        write_record(arguments.out, record, table(record))
 
 
 if __name__ == "__main__":
