@@ -17,7 +17,6 @@ A run is a folder::
 from __future__ import annotations
 
 import difflib
-import inspect
 import json
 import os
 import platform
@@ -46,6 +45,7 @@ from likely.contract import (
     Table,
     Tokens,
     Unsupported,
+    check_names,
     check_options,
 )
 from likely.data import Dataset, Dequantise, Passes, Preprocessed, Schema, Split, infer_schema, split
@@ -320,19 +320,9 @@ def _split_options(model: str | Model, options: Mapping[str, Any], seed: int) ->
     training = {field.name for field in fields(TrainOptions)} - {"seed"}
     own: set[str] = set()
     if isinstance(model, str):
-        own = set(inspect.signature(models.find(model)).parameters) - {"space", "condition"}
-    unknown = [key for key in options if key not in training and key not in own]
-    if unknown:
-
-        def both(**_: Any) -> None: ...
-
-        title = model if isinstance(model, str) else model.name()
-        names = [*sorted(own), *sorted(training)]
-        both.__name__ = f"model {title!r}"
-        both.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in names]
-        )
-        check_options(both, {key: options[key] for key in unknown})
+        own = set(models.find(model).options())
+    title = model if isinstance(model, str) else model.name()
+    check_names(f"model {title!r}", options, [*sorted(own), *sorted(training)])
     chosen = TrainOptions(seed=seed, **{key: value for key, value in options.items() if key in training})
     return {key: value for key, value in options.items() if key in own}, chosen
 

@@ -8,7 +8,6 @@ What is decoded is held against digests of every chunk and of the original; a fi
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import struct
@@ -706,7 +705,7 @@ def _fingerprint(model: Model, schema: Schema) -> str:
 
 def _chosen(described: Mapping[str, Any]) -> dict[str, Any]:
     """The description of a model without the options that are as its class has them; of models among them too."""
-    defaults = inspect.signature(models.find(described["model"])).parameters
+    defaults = models.find(described["model"]).options()
     chosen = {}
     for name, value in described["options"].items():
         if isinstance(value, dict) and {"model", "space", "options"} <= value.keys():

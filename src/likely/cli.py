@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections.abc
 import difflib
+import inspect
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ import traceback
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -680,16 +681,11 @@ def _describe_model(model: type[Model]) -> dict[str, Any]:
     }
 
 
-def _describe_options(cls: type) -> list[dict[str, Any]]:
+def _describe_options(cls: type, parameters: Mapping[str, inspect.Parameter]) -> list[dict[str, Any]]:
     """Name, default and help of every option, from the signature and the docstring."""
-    import inspect
-
     texts = _documented(inspect.getdoc(cls) or "")
     options = []
-    constructor: Any = cls.__init__  # type: ignore[misc]
-    for name, parameter in inspect.signature(constructor).parameters.items():
-        if name in ("self", "space", "condition") or parameter.kind is parameter.VAR_KEYWORD:
-            continue
+    for name, parameter in parameters.items():
         default = parameter.default
         if default is parameter.empty or not isinstance(default, (bool, int, float, str, list, tuple, dict)):
             default = {} if "factory" in type(default).__name__.lower() else None
@@ -1084,11 +1080,14 @@ def models(name: str | None, as_json: bool) -> None:
     if name == "training":
         from likely.training import TrainOptions
 
-        listed = [option for option in _describe_options(TrainOptions) if option["name"] != "seed"]  # --seed of fit
+        taken = dict(inspect.signature(TrainOptions).parameters)
+        del taken["seed"]  # --seed of fit
+        listed = _describe_options(TrainOptions, taken)
         title = "Options of the training"
         record: dict[str, Any] = {"name": name, "options": listed}
     else:
-        record = _describe_model(find(name)) | {"options": _describe_options(find(name))}
+        cls = find(name)
+        record = _describe_model(cls) | {"options": _describe_options(cls, cls.options())}
         listed, title = record["options"], f"{name}: {record['summary']}"
     if as_json:
         _print_json(record)

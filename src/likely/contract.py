@@ -431,6 +431,13 @@ class Model(nn.Module):
         """The model's name on the command line: the name of its file."""
         return cls.__module__.rpartition(".")[2]
 
+    @classmethod
+    def options(cls) -> dict[str, inspect.Parameter]:
+        """The options of the constructor, beside ``space`` and ``condition``: by name, with their defaults."""
+        # of a class that inherits its __init__ and has a __new__, Python 3.11.2 knows only the signature of __new__
+        taken = _parameters(cls.__init__)
+        return {name: parameter for name, parameter in taken.items() if name not in ("self", "space", "condition")}
+
     def check_condition(self, condition: Tensor | None) -> None:
         """Raise ``ValueError`` unless there is a condition where the model has been built for one, and only there."""
         if (condition is None) != (self.condition is None):
@@ -513,16 +520,27 @@ def noise_or_global(noise: Noise | None, like: Tensor | nn.Module) -> Noise:
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` with the nearest valid name if ``function`` does not take one of the options."""
-    is_model = isinstance(function, type) and issubclass(function, Model)
-    taken = function.__init__ if is_model else function  # type: ignore[misc]  # of a model's __new__ in Python 3.11.2
-    names = [n for n, p in inspect.signature(taken).parameters.items() if n != "self" and p.kind != p.VAR_KEYWORD]
+    if isinstance(function, type) and issubclass(function, Model):
+        check_names(function.name(), [o for o in options if o not in ("space", "condition")], function.options())
+    else:
+        check_names(function.__name__, options, _parameters(function))
+
+
+def check_names(title: str, options: Iterable[str], names: Iterable[str]) -> None:
+    """Raise ``ValueError`` with the nearest valid name if one of the options is not among the names."""
+    names = list(names)
     for option in options:
         if option not in names:
             near = difflib.get_close_matches(option, names, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            title = function.name() if is_model else function.__name__  # type: ignore[attr-defined]
-            valid = ", ".join(n for n in names if n not in ("space", "condition"))
-            raise ValueError(f"{title} has no option {option!r}{hint} (options: {valid or 'none'})")
+            raise ValueError(f"{title} has no option {option!r}{hint} (options: {', '.join(names) or 'none'})")
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    signature = inspect.signature(function)
+    return {
+        name: parameter for name, parameter in signature.parameters.items() if parameter.kind != parameter.VAR_KEYWORD
+    }
 
 
 def _either(names: Iterable[Any]) -> str:

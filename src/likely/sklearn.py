@@ -16,7 +16,6 @@ row's value depends on the row alone.  With ``budget=None`` equal data give equa
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -548,7 +547,7 @@ class Embedder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):
     def _size_option(self) -> str:
         if isinstance(self.model, Model):
             raise ValueError("n_components: expected None together with a model that is built already")
-        taken = inspect.signature(models.find("vae" if self.model == "auto" else self.model)).parameters
+        taken = models.find("vae" if self.model == "auto" else self.model).options()
         return next((name for name in self._SIZES if name in taken), self._SIZES[0])
 
 

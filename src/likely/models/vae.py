@@ -18,7 +18,6 @@ makes the variational lossy autoencoder's (Chen et al. 2017, arXiv 1611.02731).
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -574,7 +573,7 @@ def _flow(posterior: str, latent_dim: int, context: int, options: Mapping[str, A
 
     cls = find(posterior)
     chosen = dict(options or {})
-    if "tails" in inspect.signature(cls).parameters:
+    if "tails" in cls.options():
         chosen.setdefault("tails", "normal")  # heavy ones would draw z far from where any decoder has been
     model = cls(Reals((latent_dim,)), Reals((context,)), **chosen)
     bijection = getattr(model, "bijection", None)
