@@ -776,7 +776,7 @@ class Fitted:
         x, condition = next(shown.batches(len(shown)))
         x = x.cpu()
         drawn = self._draw(len(shown), condition, seed)
-        measures, pairs = self._against_real(x, drawn)
+        measures, pairs = self._against_real(x, seed)
         content = ReportInput(
             title=f"{self.record['name']} on {self.record['source'] or 'data in memory'}",
             space=self.schema.space,
@@ -797,15 +797,17 @@ class Fitted:
         )
         return write_report(path, content)
 
-    def _against_real(self, held: Tensor, drawn: Tensor) -> tuple[list[Measure], list[tuple[str, str, float, float]]]:
+    def _against_real(self, held: Tensor, seed: int) -> tuple[list[Measure], list[tuple[str, str, float, float]]]:
         """How good drawn rows of a table are beside held-out ones, and the scores of the pairs of columns of both."""
         space = self.schema.space
         fitted = self._part("train", optional=True) if isinstance(space, Table) else None
         if fitted is None or not isinstance(space, Table):
             return [], []
-        x = fitted.subset(slice(0, 5 * REPORTED_EXAMPLES)).x.cpu()
+        known = fitted.subset(slice(0, 5 * REPORTED_EXAMPLES))
+        x, condition = next(known.batches(len(known)))
+        x, drawn = x.cpu(), self._draw(len(x), condition, seed)
         names = [column.name for column in space.columns]
-        both = [{(i, j): score for i, j, score in pair_scores(x, part, space)} for part in (drawn, held)]
+        both = [{(i, j): score for i, j, score in pair_scores(x, part, space)} for part in (drawn[: len(held)], held)]
         pairs = [(names[i], names[j], both[0][i, j], both[1][i, j]) for i, j in both[0] if (i, j) in both[1]]
         return compare_samples(x, held, drawn, space), pairs
 

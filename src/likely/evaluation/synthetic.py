@@ -53,7 +53,8 @@ def compare_samples(
     Args:
         train: rows that the model was fitted to, shape ``(n, columns)``, NaN where missing.
         held_out: real rows that it has not seen.
-        sampled: rows that it drew.
+        sampled: rows that it drew, best as many as ``train`` has: efficacy is of as many rows as there are training
+            rows, the rest of as many as are held out, for a small sample differs by chance alone.
         target: coded column that is predicted from the others in "efficacy"; by default the last one with two to twenty
             categories.
         seed: of subsamples and classifiers.
@@ -62,7 +63,7 @@ def compare_samples(
     random = np.random.default_rng(seed)
 
     def both(measure: Callable[[np.ndarray, np.ndarray], float]) -> tuple[float, float]:
-        return measure(real, drawn), measure(real, rest)
+        return measure(real, drawn[: len(rest)]), measure(real, rest)
 
     found = [
         Measure("column shapes", *both(lambda a, b: column_shapes(a, b, space)), 1.0,
@@ -90,7 +91,7 @@ def compare_samples(
         )
     if usable:
         place = names.index(target or usable[-1])
-        own, usual = (efficacy(part, rest, place, space, seed) for part in (drawn, real))
+        own, usual = (efficacy(part, rest, place, space, seed) for part in (drawn[: len(real)], real))
         note = f"area under the ROC curve for {names[place]!r} on held-out rows; boosted trees trained on the rows"
         found.append(Measure("efficacy", own, usual, 1.0, note))
     return found
