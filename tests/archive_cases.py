@@ -192,9 +192,9 @@ class Made:
     schema: Schema
 
 
-def make(name: str, folder: Path, bits: int = 6) -> Made:
-    """Write the data of a case into the folder, train its model and compress."""
-    case = CASES[name]
+def make(case: str | Case, folder: Path, bits: int = 6) -> Made:
+    """Write the data of a case, given itself or by name, into the folder, train its model and compress."""
+    case = CASES[case] if isinstance(case, str) else case
     source = folder / case.file
     source.write_bytes(case.content())
     schema = infer_schema(source, **case.schema)

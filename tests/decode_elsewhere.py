@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import platform
 import sys
@@ -25,13 +26,18 @@ import torch
 from torch import Tensor, nn
 
 import archive_cases
+import likely.coding.sequential
 import likely.exact
 from likely.archive import Archive
 from likely.contract import Model
+from likely.exact.products import BatchedProduct, Product
 from likely.models.vae import VAE
 
 #: Names of the settings.
 SETTINGS = ("plain", "2 threads", "batch 1", "batch 64", "batch 1000", "reduced precision", "subnormals flushed")
+
+
+_LAYERS = (Product, BatchedProduct, nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 class Native:
@@ -53,20 +59,14 @@ class Native:
 
 
 def split(network: nn.Module, batch: int) -> None:
-    """Let a network get some rows at a time from now on."""
-    whole = network.forward
-
-    def forward(x: Tensor, *rest: Tensor | None) -> Tensor:
-        if len(x) <= batch:
-            return whole(x, *rest)
-        parts = [range(i, min(i + batch, len(x))) for i in range(0, len(x), batch)]
-        return torch.cat([whole(x[p.start : p.stop], *(_some(r, p) for r in rest)) for p in parts])
-
-    network.forward = forward  # type: ignore[method-assign]
+    """Let every layer of a network get some rows at a time from now on."""
+    for layer in network.modules():
+        if isinstance(layer, _LAYERS):
+            layer.forward = functools.partial(_by_rows, layer.forward, batch)  # type: ignore[method-assign]
 
 
-def _some(x: Tensor | None, rows: range) -> Tensor | None:
-    return None if x is None else x[rows.start : rows.stop]
+def _by_rows(forward: Callable[..., Tensor], batch: int, *factors: Tensor) -> Tensor:
+    return torch.cat([forward(*part) for part in zip(*(factor.split(batch) for factor in factors))])
 
 
 @contextlib.contextmanager
@@ -77,14 +77,14 @@ def setting(name: str, native: bool) -> Iterator[None]:
 
     def network(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         made = make(module, *args, **kwargs)
-        if batch is not None and isinstance(made.module, VAE):
-            for part in ("encoder", "decoder", "posterior_head"):
-                split(getattr(made.module, part), batch)
+        if batch is not None:
+            split(made.module, batch)
         return made
 
     threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch("likely.exact.network", network))
+        for module in (likely.exact, likely.coding.sequential):
+            stack.enter_context(mock.patch.object(module, "network", network))
         if name == "2 threads":
             torch.set_num_threads(2)
         if name == "reduced precision":
