@@ -397,13 +397,12 @@ def test_factors_and_sums_of_a_fixed_order() -> None:
         assert fixed_sum(terms) == pytest.approx(terms.sum(0))
 
 
-@pytest.mark.parametrize("network", ["conv", "mlp"])
-def test_narrow_logistics_are_computed_finely_and_wide_ones_are_not(network: str) -> None:
+@pytest.mark.parametrize(("network", "hidden"), [("conv", [4, 8, 16]), ("conv", [4, 8, 0]), ("mlp", [16])])
+def test_narrow_logistics_are_computed_finely_and_wide_ones_are_not(network: str, hidden: list[int]) -> None:
     """A logistic narrower than a level must lie within a small part of it; exact32 alone would put it beside."""
-    hidden = [4, 8, 16] if network == "conv" else [16]
-    model = find("vae")(Integers((1, 8, 8), 256), network=network, hidden=hidden, latent_dim=3, likelihood="logistic")
+    model = find("vae")(Integers((1, 8, 8), 256), network=network, hidden=hidden, latent_dim=4, likelihood="logistic")
     model.initialise([(torch.randint(0, 256, (64, 1, 8, 8)), None)])
-    z = torch.randn(20, 3)
+    z = torch.randn(20, 4)
     errors = {}
     for shift in (0.0, -5.0):
         with torch.no_grad():

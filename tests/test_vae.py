@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from likely.contract import Binary, Bound, Column, Counts, Integers, Model, Reals, Table, Unsupported
 from likely.models.vae import VAE
@@ -214,6 +216,33 @@ def test_networks_are_exchangeable(network: str) -> None:
     assert model.encode(x, c).shape == (4, 3)
     with torch.autocast("cpu", torch.bfloat16):
         assert model.bound(x, c, stream(0)).nats.dtype == torch.float32
+
+
+def test_without_a_dense_layer_the_latent_vector_is_a_map() -> None:
+    space = Integers((2, 8, 6), 16)
+    options: dict[str, Any] = {"network": "conv", "hidden": (3, 5, 0)}
+    model = VAE(space, latent_dim=4 * 2 * 2, **options, blocks=0).double()  # 2 x 2 places: 6 is halved to 3, then to 2
+    x = torch.randint(16, (4, 2, 8, 6)).double()
+    model.loss(x, None, stream(0)).value.backward()
+    space.validate(model.sample(4, None, stream(1)))
+
+    def places(z: Tensor) -> Tensor:
+        return z.unflatten(-1, (4, 2, 2))
+
+    with torch.no_grad():  # what lies far from a place says nothing of it
+        far = x.clone()
+        far[..., 6:, :] = 15 - far[..., 6:, :]
+        changed = places(model.encode(x)) != places(model.encode(far))
+        assert changed[..., 1, :].any() and not changed[..., 0, :].any()
+        here = model.posterior_head(model.encoder(model.features(x, torch.float64))).unflatten(-1, (8, 2, 2))
+        kernel, shift = model.posterior_head.weight[:, :, 0, 0], model.posterior_head.bias
+        features = model.encoder(model.features(x, torch.float64)).unflatten(-1, (5, 2, 2))
+        expected = torch.einsum("oi,nihw->nohw", kernel, features) + shift[:, None, None]
+        assert torch.allclose(here, expected)
+    with pytest.raises(ValueError, match="multiple of 4, the places"):
+        VAE(space, latent_dim=18, **options)
+    with pytest.raises(ValueError, match="dense width"):
+        VAE(space, Binary((2,)), latent_dim=16, **options)
 
 
 def test_a_multinomial_has_the_law_of_its_total() -> None:

@@ -48,7 +48,7 @@ from likely.contract import (
 from likely.distributions import Distribution, Normal, head, likelihoods
 from likely.distributions.categorical import sample_categories
 from likely.distributions.heads import LogisticMixtureHead, TableHead
-from likely.networks import Features, Linear, decoder, encoder, full_precision
+from likely.networks import Features, after, decoder, encoder, full_precision
 from likely.noise import Noise
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class VAE(Model):
         condition: space of what the model is conditioned on, or None.
         latent_dim: dimension of z.
         hidden: widths of the encoder's hidden layers, mirrored in the decoder; for ``network="conv"`` the channels
-            at each scale and, last, a dense width.  Default: (512, 512), or (32, 64, 256) for ``conv``.
+            at each scale and, last, a dense width, or 0 for none: then z is a map at the coarsest scale, whose places
+            divide ``latent_dim``.  Default: (512, 512), or (32, 64, 256) for ``conv``.
         network: ``mlp``, ``residual`` or ``conv`` (images).
         blocks: residual blocks at each scale of ``network="conv"``: one number, or one a scale, finest first.
         activation: ``relu``, ``elu``, ``gelu``, ``silu``, ``softplus`` or ``tanh``.
@@ -152,7 +153,7 @@ class VAE(Model):
         self.condition_features = Features(condition) if condition is not None else None
         width = math.prod(self.condition_features.shape) if self.condition_features is not None else 0
         self.encoder = encoder(network, self.features.shape, width, widths, activation, dropout, blocks)
-        self.posterior_head = Linear(self.encoder.out_features, 2 * latent_dim)  # type: ignore[arg-type]
+        self.posterior_head = after(self.encoder, 2 * latent_dim)
         self.register_buffer("_working", torch.zeros(()), persistent=False)  # has the dtype of the arithmetic
         self._working: Tensor
         nn.init.xavier_uniform_(self.posterior_head.weight)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from likely.networks.convolution import ConvDecoder, ConvEncoder
+from likely.networks.convolution import ConvDecoder, ConvEncoder, PlaceLinear
 from likely.networks.features import Features
 from likely.networks.linear import Linear
 from likely.networks.masked import MaskedLinear, MaskedMLP
@@ -26,7 +27,9 @@ __all__ = [
     "Linear",
     "MaskedLinear",
     "MaskedMLP",
+    "PlaceLinear",
     "ResidualMLP",
+    "after",
     "decoder",
     "encoder",
     "full_precision",
@@ -65,13 +68,21 @@ def encoder(
         name: ``mlp``, ``residual`` or ``conv``.
         in_shape: shape of the features of one example.
         context_features: width of the context vector, 0 if there is none.
-        hidden: widths of the hidden layers; for ``conv`` the channels at each scale and, last, the dense width.
+        hidden: widths of the hidden layers; for ``conv`` the channels at each scale and, last, the dense width, or 0.
         blocks: residual blocks at each scale of ``conv``.
     """
     if name == "conv":
         return ConvEncoder(in_shape, context_features, hidden, activation, dropout, blocks)
     in_features = math.prod(in_shape) + context_features
     return VectorEncoder(_vector_network(name)(in_features, hidden, activation, dropout))
+
+
+def after(encoder: nn.Module, out_features: int) -> Linear | PlaceLinear:
+    """A linear map of what an encoder gives to so many features; where that is a map, the same at all its places."""
+    shape: Any = getattr(encoder, "out_shape", None)
+    if shape is None or len(shape) == 1:
+        return Linear(encoder.out_features, out_features)  # type: ignore[arg-type]
+    return PlaceLinear(shape, out_features)
 
 
 def decoder(

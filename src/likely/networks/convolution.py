@@ -46,13 +46,41 @@ def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
+class PlaceLinear(nn.Module):
+    """One linear map at all places of a flattened map: ``(batch, in · h · w)`` to ``(batch, out · h · w)``.
+
+    Args:
+        shape: (in, height, width).
+        out_features: out · height · width.
+    """
+
+    def __init__(self, shape: Sequence[int], out_features: int) -> None:
+        super().__init__()
+        self.shape = _image_shape(shape)
+        self.convolution = nn.Conv2d(shape[0], out_features // (shape[1] * shape[2]), 1)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.convolution.weight
+
+    @property
+    def bias(self) -> Tensor:
+        assert self.convolution.bias is not None
+        return self.convolution.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(x.reshape(-1, *self.shape)).flatten(1)
+
+
 class ConvEncoder(nn.Module):
     """Strided convolutions with residual blocks at every scale, then a dense layer that also sees the context.
+
+    Without the dense layer what comes out is the flattened map at the coarsest scale: ``out_shape`` says which.
 
     Args:
         in_shape: (channels, height, width) of the features.
         context_features: width of the context vector, 0 if there is none.
-        hidden: channels at each halving of the resolution, and last the width of the dense layer.
+        hidden: channels at each halving of the resolution, and last the width of the dense layer, or 0 for none.
         blocks: residual blocks at each scale: one number for all, or one a scale, finest first.
     """
 
@@ -76,9 +104,15 @@ class ConvEncoder(nn.Module):
             layers += [ConvBlock(size, activation, dropout) for _ in range(count)]
             channels = size
         self.convolutions = _channels_last(nn.Sequential(*layers, make_activation(activation)))
-        flat = channels * _halved(height, len(scales)) * _halved(width, len(scales))
-        self.dense = nn.Sequential(glorot(Linear(flat + context_features, dense)), make_activation(activation))
-        self.out_features = dense
+        self.out_shape: tuple[int, ...] = (channels, _halved(height, len(scales)), _halved(width, len(scales)))
+        self.dense: nn.Module = nn.Identity()
+        if dense:
+            flat = math.prod(self.out_shape) + context_features
+            self.dense = nn.Sequential(glorot(Linear(flat, dense)), make_activation(activation))
+            self.out_shape = (dense,)
+        elif context_features:
+            raise ValueError("hidden: network 'conv' needs a dense width, not 0, to see a condition")
+        self.out_features = math.prod(self.out_shape)
 
     def forward(self, features: Tensor, context: Tensor | None = None) -> Tensor:
         h = self.convolutions(features.contiguous(memory_format=torch.channels_last)).flatten(1)
@@ -87,6 +121,8 @@ class ConvEncoder(nn.Module):
 
 class ConvDecoder(nn.Module):
     """A dense layer, then residual blocks with pixel-shuffle up-sampling; its context is a map over the image.
+
+    Without the dense layer the input is a flattened map at the coarsest scale.
 
     Pixel shuffle (Shi et al. 2016, arXiv 1609.05158) doubles the resolution; odd sizes are cut to fit.  The map at
     full resolution has a quarter of the channels of the finest scale, for it is by far the largest.
@@ -112,11 +148,20 @@ class ConvDecoder(nn.Module):
         scales, dense, counts = _plan(hidden, blocks)
         self.sizes = [(_halved(height, t), _halved(width, t)) for t in range(len(scales), -1, -1)]
         self.start = (scales[-1], *self.sizes[0])
-        self.dense = nn.Sequential(
-            glorot(Linear(in_features, dense)),
-            make_activation(activation),
-            glorot(Linear(dense, math.prod(self.start))),
-        )
+        self.of_map = not dense
+        self.dense: nn.Module
+        if dense:
+            self.dense = nn.Sequential(
+                glorot(Linear(in_features, dense)),
+                make_activation(activation),
+                glorot(Linear(dense, math.prod(self.start))),
+            )
+        else:
+            places = math.prod(self.sizes[0])
+            if in_features % places:
+                raise ValueError(f"latent_dim: expected a multiple of {places}, the places of a map, got {in_features}")
+            self.start = (in_features // places, *self.sizes[0])
+            self.dense = _channels_last(nn.Conv2d(self.start[0], scales[-1], 3, padding=1))
         finest = max(scales[0] // 4, out_shape[0])
         stages = []
         for t in reversed(range(len(scales))):
@@ -131,7 +176,10 @@ class ConvDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         lead = z.shape[:-1]
         channels, height, width = self.start
-        h = self.dense(z.reshape(-1, z.shape[-1])).reshape(-1, height, width, channels).movedim(-1, 1)
+        if self.of_map:
+            h = self.dense(z.reshape(-1, *self.start).contiguous(memory_format=torch.channels_last))
+        else:
+            h = self.dense(z.reshape(-1, z.shape[-1])).reshape(-1, height, width, channels).movedim(-1, 1)
         for stage, (height, width) in zip(self.stages, self.sizes[1:]):
             h = stage(h.contiguous(memory_format=torch.channels_last))[:, :, :height, :width]
         return self.final(h).reshape(*lead, *self.out_shape)
