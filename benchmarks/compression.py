@@ -20,7 +20,10 @@ RUNS are what ``compression_cases.py`` fitted; no model has seen a row that is c
    goal is held against the files.  ``--rivals`` names a Python that has ``brotli`` and ``pillow-jxl-plugin``; its sizes
    are left out otherwise.
 3. *With the model in the file.*  The first n coded rows, compressed by the model rounded to 6, 7 or 8 bits a weight,
-   which the file holds; and the smallest of the others for the same n rows.
+   which the file holds; and the smallest of the others for the same n rows, of those that come near the smallest for
+   all rows.  More rows are tried until the file is the smaller one.
+4. *Without a run.*  ``likely compress DATA`` for the same rows: small models are fitted to these very rows, and the file
+   carries the one that makes it smallest.
 
 Every file is decoded while it is written, and compared with the original.  The record is extended: what is asked for
 again (``--cases``, ``--parts``) replaces what it says.
@@ -30,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import bz2
+import functools
 import gzip
 import io
 import itertools
@@ -38,8 +42,10 @@ import lzma
 import math
 import statistics
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,12 +69,14 @@ from likely.noise import KeyedNoise
 from likely.units import bits
 from turns import machine, versions
 
-PARTS = ("bound", "others", "embedded")
+PARTS = ("bound", "others", "embedded", "alone")
 SEEDS, BATCH = 8, 500
 #: A file of at least so many bytes should exceed its bound by at most so many per cent.
 GOALS = ((1_000_000, 0.3), (100_000, 0.5), (20_000, 2.0))
 #: What a table's file should take at most, as a share of the smallest of the others.
 GOAL_TABLE = 0.75
+#: With the model in the file only those of the others are tried that need at most so much more than the smallest.
+NEAR = 1.15
 #: Said of a compressor that is given a table's cells without the table.
 BARE = ", of bare columns"
 
@@ -188,25 +196,32 @@ STREAMS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def others(coded: Coded, n: int, folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
-    """Bytes that each of the others needs for the first n rows, the smallest of the forms it is given."""
-    space = coded.fitted.schema.space
+def others(
+    coded: Coded, n: int, folder: Path, arguments: argparse.Namespace, only: Collection[str] | None = None
+) -> dict[str, int]:
+    """Bytes that each of the others, or some of them, needs for the first n rows: of the forms it is given the best."""
     found: dict[str, int] = {}
+    for name, size in _others(coded, n, folder, arguments):
+        if only is None or name in only:
+            found[name] = min(size(), found.get(name, sys.maxsize))
+    return found
 
-    def note(name: str, size: int) -> None:
-        found[name] = min(size, found.get(name, size))
 
+def _others(
+    coded: Coded, n: int, folder: Path, arguments: argparse.Namespace
+) -> Iterator[tuple[str, Callable[[], int]]]:
+    """Name of a compressor, and what finds its size."""
+    rivals, space = arguments.rivals, coded.fitted.schema.space
     forms = _table_forms(coded, n, folder) if isinstance(space, Table) else _pixel_forms(coded, n)
     for suffix, form in forms:
         for name, compressed in STREAMS.items():
-            note(name + suffix, len(compressed(form)))
-        if arguments.rivals:
-            note("brotli -q 11" + suffix, _rival(arguments.rivals, folder, "brotli", form))
+            yield name + suffix, lambda: len(compressed(form))  # noqa: B023
+        if rivals:
+            yield "brotli -q 11" + suffix, lambda: _rival(rivals, folder, "brotli", form)  # noqa: B023
     if isinstance(space, Table):
-        note("Parquet + zstd -19", _parquet(coded, n, folder))
+        yield "Parquet + zstd -19", lambda: _parquet(coded, n, folder)
     else:
-        found |= _pictures(coded, n, folder, arguments)
-    return found
+        yield from _pictures(coded, n, folder, arguments)
 
 
 def best_other(sizes: dict[str, int]) -> tuple[str, int]:
@@ -265,21 +280,24 @@ def _parquet(coded: Coded, n: int, folder: Path) -> int:
     return min(sizes)
 
 
-def _pictures(coded: Coded, n: int, folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
+def _pictures(
+    coded: Coded, n: int, folder: Path, arguments: argparse.Namespace
+) -> Iterator[tuple[str, Callable[[], int]]]:
     images = _images(coded, n)
     if isinstance(coded.fitted.schema.space, Binary):
         images = images * np.uint8(255)
-    on_sheets = list(sheets(images))
-    found: dict[str, int] = {}
-    for name, pictures in (("one file an image", images), ("sheet", on_sheets)):
-        found[f"PNG, {name}"] = sum(_picture_size(p, "PNG", optimize=True) for p in pictures)
-        webp = {"lossless": True, "quality": 100, "method": 4, "exact": True}
-        found[f"WebP, {name}"] = sum(_picture_size(p, "WEBP", **webp) for p in pictures)
-    if arguments.rivals:
-        for effort in arguments.effort:
-            found[f"JPEG XL -e {effort}, one file an image"] = _rival(arguments.rivals, folder, "jxl", images, effort)
-            found[f"JPEG XL -e {effort}, sheet"] = _rival(arguments.rivals, folder, "jxl", on_sheets, effort)
-    return found
+    webp = {"lossless": True, "quality": 100, "method": 4, "exact": True}
+    for name, pictures in (("one file an image", images), ("sheet", list(sheets(images)))):
+        each: Callable[..., int] = functools.partial(_pictures_size, pictures)
+        yield f"PNG, {name}", functools.partial(each, "PNG", optimize=True)
+        yield f"WebP, {name}", functools.partial(each, "WEBP", **webp)
+        for effort in arguments.effort if arguments.rivals else ():
+            size = functools.partial(_rival, arguments.rivals, folder, "jxl", pictures, effort)
+            yield f"JPEG XL -e {effort}, {name}", size
+
+
+def _pictures_size(pictures: Iterable[np.ndarray], kind: str, **options: Any) -> int:
+    return sum(_picture_size(pixels, kind, **options) for pixels in pictures)
 
 
 def _picture_size(pixels: np.ndarray, kind: str, **options: Any) -> int:
@@ -317,13 +335,17 @@ def embedded(coded: Coded, folder: Path, arguments: argparse.Namespace) -> dict[
     packed = {width: pack(coded.fitted.model, models.describe, width) for width in (6, 7, 8)}
     trial = min(coded.n, 1000)
     row_bytes = {w: compress(coded, trial, folder, octets).coded / trial for w, octets in packed.items()}
-    points = []
+    of_all = arguments.of_all or others(coded, coded.n, folder, arguments)
+    near = {name for name, size in of_all.items() if size <= NEAR * best_other(of_all)[1]}
+    points: list[dict[str, Any]] = []
     for n in sorted({*(10**k for k in range(2, 9) if 10**k < coded.n), *_thirds(coded.n), coded.n}):
         width = min(packed, key=lambda w: len(packed[w]) + n * row_bytes[w])
         sizes = compress(coded, n, folder, packed[width])
-        rival = best_other(others(coded, n, folder, arguments))
+        rival = best_other(others(coded, n, folder, arguments, near))
         points.append({"n": n, "width": width, "model": sizes.model, "file": sizes.file, "other": rival})
         print(json.dumps(points[-1]), flush=True)
+        if sizes.file < rival[1]:
+            break
     return {"packed": {w: len(octets) for w, octets in packed.items()}, "row_bytes": row_bytes, "points": points}
 
 
@@ -345,6 +367,21 @@ def break_even(points: list[dict[str, Any]]) -> tuple[float, bool]:
     if gap[0] <= gap[1]:
         return math.inf, False
     return after["n"] + (after["n"] - before["n"]) * gap[1] / (gap[0] - gap[1]), False
+
+
+# --------------------------------------------------------------------------------------------------------------
+# 4. Without a run
+# --------------------------------------------------------------------------------------------------------------
+
+
+def alone(coded: Coded, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``likely compress DATA`` makes of all rows within the budget."""
+    file, start = folder / "alone.lk", (time.process_time(), time.perf_counter())
+    source = coded.source(coded.n, folder)
+    sizes = likely.compress(source, file, budget=arguments.budget, workers=1, read=coded.case.read)
+    cpu, wall = time.process_time() - start[0], time.perf_counter() - start[1]
+    name = likely.compression.info(file)["model"]["name"]
+    return {"name": name, "budget": arguments.budget, "cpu_seconds": cpu, "seconds": wall, **sizes.to_json()}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -412,6 +449,9 @@ def other_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
         if row is None:
             continue
         sizes = {f"**likely {other['name']}**": other["smallest"] for other in ours.values()} | case["others"]
+        if "alone" in case:
+            found = case["alone"]
+            sizes[f"**likely, no run** ({found['name']} in the file, {found['cpu_seconds']:.0f} CPU s)"] = found["file"]
         best_name, best = best_other(case["others"])
         yield ""
         yield f"### {name}: {row['rows']:,} rows, {row['original']:,} bytes"
@@ -436,11 +476,11 @@ def embedded_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield "File of the first n rows ÷ the smallest of the others for them; the model, rounded to so many bits a"
     yield "weight, is in the file.  Break-even: from how many rows on the file is the smaller one; with ~ where it lies"
-    yield "beyond the rows at hand, both sizes being continued as straight lines."
+    yield "beyond the rows at hand, both sizes being continued as straight lines.  No more rows are tried from there on."
     yield ""
     counts = sorted({point["n"] for case in cases.values() for point in case["points"]})
     shown = [n for n in counts if str(n).lstrip("13").strip("0") == ""]
-    yield "| case | model, bytes | " + " | ".join(f"{n:,}" for n in shown) + " | all | break-even, rows |"
+    yield "| case | model, bytes | " + " | ".join(f"{n:,}" for n in shown) + " | last | break-even, rows |"
     yield "|---|---|" + "---|" * (len(shown) + 2)
     for name, case in cases.items():
         ratios = {point["n"]: point["file"] / point["other"][1] for point in case["points"]}
@@ -468,6 +508,7 @@ def main() -> None:
     parser.add_argument("--effort", type=int, nargs="*", default=[7], help="of JPEG XL")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of fitting without a run")
     parser.add_argument("--out", type=Path, required=True, help="path of the results, without suffix")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -483,6 +524,7 @@ def main() -> None:
         "bound": bound_and_file,
         "others": lambda coded, *more: others(coded, coded.n, *more),
         "embedded": embedded,
+        "alone": alone,
     }
     for name in arguments.cases:
         if not (arguments.runs / name / "model.safetensors").exists():
@@ -490,8 +532,9 @@ def main() -> None:
             continue
         coded = Coded(CASES[name], likely.load(arguments.runs / name))
         for part in arguments.parts:
-            if part == "others" and data_of(name) != name:
+            if part in ("others", "alone") and data_of(name) != name:
                 continue
+            arguments.of_all = record["cases"].get(data_of(name), {}).get("others")
             with tempfile.TemporaryDirectory() as folder:
                 record["cases"].setdefault(name, {})[part] = found = work[part](coded, Path(folder), arguments)
             print(name, part, json.dumps(found), flush=True)
