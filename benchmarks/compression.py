@@ -95,7 +95,9 @@ class Coded:
         self._lines: list[bytes] = []
         if isinstance(self.whole, Path):
             self._lines = gzip.decompress(self.whole.read_bytes()).splitlines(keepends=True)
-        self.n = take_apart(fitted.schema, self.whole, **case.read).n
+        n = take_apart(fitted.schema, self.whole, **case.read).n
+        self.n = n if case.rows is None else min(n, case.rows)
+        self.all = self.n == n
 
     def source(self, n: int, folder: Path) -> Any:
         """The first n rows as the user has them."""
@@ -108,7 +110,7 @@ class Coded:
     def text(self, n: int) -> bytes:
         """Of a table."""
         if self._lines:  # an empty one may follow the last row
-            return b"".join(self._lines[: n if n < self.n else None])
+            return b"".join(self._lines[: None if self.all and n == self.n else n])
         return self.whole[:n].to_csv(index=False).encode()
 
     def cells(self, n: int, folder: Path) -> torch.Tensor:
