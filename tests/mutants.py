@@ -49,6 +49,7 @@ from likely.distributions.counts import NegativeBinomial
 from likely.distributions.logistic import GridLogisticMixture, Recalled
 from likely.distributions.normal import Normal
 from likely.evaluation import sequences
+from likely.inference.memory import Memory
 from likely.models._flow import Flow as FlowOverCells
 from likely.models.dequantised import Dequantised
 from likely.models.gaussian import Gaussian, _Full
@@ -1070,6 +1071,14 @@ MUTANTS = [
         "log_prob",
         "times, total = (times - 1.0).clamp(min=0.0), total - 1.0",
         "total = total - 1.0",
+    ),
+    Mutant(
+        "MADE: a row among the rows that it is held against",
+        told(of_made.test_a_memory_is_the_rows_of_the_same_value_but_the_row_itself),
+        Memory,
+        "forward",
+        "if self.training:",
+        "if not self.training:",
     ),
     Mutant(
         "MADE: members of a cluster that are not there",

@@ -14,6 +14,7 @@ from likely.checks import check_model
 from likely.coding.stack import Stack
 from likely.contract import Binary, Column, Integers, NoCodec, Reals, Table, Unsupported
 from likely.distributions.logistic import Recalled
+from likely.inference.memory import Memory
 from likely.inference.normal import JointNormal
 from likely.inference.structure import Rows, Search, Sketch, smoothed
 from likely.models.made import _NORMAL, Made, _normal_means
@@ -348,6 +349,83 @@ def test_numbers_that_come_again_are_recalled_and_coded() -> None:
     again = Made(space, hidden=(4,), likelihood_options=options)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.eval().bound(x).nats, model.bound(x).nats)
+
+
+def _households(n: int, seed: int) -> Tensor:
+    """Rows of a weight on a fine grid, a colour and an age: nine in ten rows of a weight that comes again are alike."""
+    pool = np.random.default_rng(0)
+    values, kinds, ages = pool.integers(0, 50_000, 300), pool.integers(0, 3, 300), pool.integers(20, 80, 300)
+    rng = np.random.default_rng(seed)
+    which, again, alike = rng.integers(0, 300, n), rng.random(n) < 0.8, rng.random(n) < 0.9
+    alike &= again
+    weight = np.where(again, values[which], rng.integers(0, 50_000, n))
+    colour = np.where(alike, kinds[which], rng.integers(0, 3, n))
+    age = np.where(alike, ages[which] + np.rint(rng.normal(size=n)), rng.integers(20, 80, n))
+    return torch.tensor(np.stack([weight, colour, age], 1).astype(float))
+
+
+HOUSEHOLDS = Table(
+    columns=(Column("weight", "integer"), Column("colour", "categorical", levels=3), Column("age", "integer"))
+)
+
+
+def test_a_memory_is_the_rows_of_the_same_value_but_the_row_itself() -> None:
+    x = _households(900, seed=1)
+    x[::7, 1], x[::11, 2] = torch.nan, torch.nan
+    z = (x[:, [0, 2]] - 50.0) / 20.0
+    share = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    log_probs, means = share.log().expand(900, -1), torch.full((900, 2), 0.25, dtype=torch.float64)
+    memory = Memory([0, 3, 0])
+    assert memory.empty and not memory.state_dict()
+    memory.fit(0, [1, 2], x, z, log_probs, means, left=torch.full((2,), 0.9, dtype=torch.float64))
+    assert memory.of_codes[0] > 0 and memory.of_numbers[1] > 0 and memory.of_numbers[0] == 0
+    a, b = float(memory.of_codes[0]), float(memory.of_numbers[1])
+
+    def said(i: int, rows: list[int]) -> tuple[list[float], float, float]:
+        codes = [int(x[k, 1]) for k in rows if not torch.isnan(x[k, 1])]
+        ages = [float(z[k, 1]) for k in rows if not torch.isnan(x[k, 2])]
+        law = [(codes.count(v) + a * float(share[v])) / (len(codes) + a) for v in range(3)]
+        return law, (sum(ages) + b * 0.25) / (len(ages) + b), float(memory.weight[1]) if ages else 0.0
+
+    for training in (True, False):
+        log_law, nearer, weight = memory.train(training)(x, z, log_probs, means)
+        for i in range(0, 900, 13):
+            rows = [k for k in range(900) if x[k, 0] == x[i, 0] and not (training and k == i)]
+            law, mean, near = said(i, rows)
+            assert log_law[i].exp().tolist() == pytest.approx(law)
+            assert (float(nearer[i, 1]), float(weight[i, 1])) == pytest.approx((mean, near))
+    other = torch.tensor([[-5.0, torch.nan, torch.nan]], dtype=torch.float64)
+    log_law, _, weight = memory.eval()(other, (other[:, [0, 2]] - 50.0) / 20.0, log_probs[:1], means[:1])
+    assert torch.allclose(log_law.exp(), share) and not weight.any(), "of a value never seen nothing is remembered"
+
+
+def test_rows_of_the_same_value_are_alike_and_coded_as_such() -> None:
+    x, fresh = _households(2000, seed=2), _households(400, seed=3)
+    options = {"atoms": 64, "components": 2}
+    torch.manual_seed(0)
+    model = _trained(Made(HOUSEHOLDS, hidden=(16,), likelihood_options=options), x, 60)
+    member = model._member(0)
+    assert member.cells_in_order[0] == 0 and member.memory is not None and not member.memory.empty
+    torch.manual_seed(0)
+    plain = Made(HOUSEHOLDS, hidden=(16,), likelihood_options=options)
+    plain._member(0)._remember = lambda *_: False  # type: ignore[method-assign]
+    plain = _trained(plain, x, 60)
+    nats = model.bound(fresh).nats.detach()
+    assert float((nats - plain.bound(fresh).nats.detach()).mean()) > 0.7
+    # Given the weight, known or not, the masses of all colours and ages sum to one.
+    ages = torch.arange(-200.0, 300.0, dtype=torch.float64)
+    for weight in (float(x[0, 0]), -3.0):
+        pairs = torch.cartesian_prod(torch.tensor([weight], dtype=torch.float64), torch.arange(3.0).double(), ages)
+        cells = model.column_nats(pairs).detach().double()
+        assert float(cells[:, 1:].sum(1).exp().sum()) == pytest.approx(1.0, abs=1e-3)
+    stack = Stack(lanes=4)
+    codec = model.codec()
+    codec.push(stack, fresh)
+    assert stack.bits == pytest.approx(-float(nats.sum()) / math.log(2), rel=0.01)
+    assert torch.equal(codec.pop(stack, 400), fresh)
+    again = Made(HOUSEHOLDS, hidden=(16,), likelihood_options=options)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval().bound(fresh).nats, model.bound(fresh).nats)
 
 
 def test_piecewise_linear_features_are_those_of_interpolation() -> None:

@@ -312,7 +312,7 @@ _NAMES = """
     eq ge gt le lt ne equal isnan isinf isfinite isneginf isposinf logical_and logical_not logical_or logical_xor
     bitwise_and bitwise_not bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift and or xor invert lshift
     rshift
-    all any amax amin argmax argmin argsort aminmax max min sort topk unique one_hot max_pool1d max_pool2d
+    all any amax amin argmax argmin argsort aminmax max min searchsorted sort topk unique one_hot max_pool1d max_pool2d
     adjoint as_strided as_tensor atleast_1d atleast_2d broadcast_tensors broadcast_to cat chunk clone column_stack
     concat concatenate contiguous copy cpu cuda detach diagonal dstack embedding expand expand_as fill fill_diagonal
     flatten flip fliplr flipud gather getitem hsplit hstack index_copy index_fill index_select masked_fill

@@ -108,6 +108,7 @@ class Search:
         penalty: c.
         most_parents: of one column.
         required: for a column its only parent, if that is not to be learned.
+        roots: columns without parents, which come first.
     """
 
     def __init__(
@@ -116,8 +117,10 @@ class Search:
         penalty: float = PENALTY,
         most_parents: int = MOST_PARENTS,
         required: dict[int, int] | None = None,
+        roots: Sequence[int] = (),
     ) -> None:
         self.rows, self.penalty, self.most_parents, self.required = rows, penalty, most_parents, required or {}
+        self.roots = list(roots)
         self.n, self.columns = rows.x.shape
         self._scores: dict[tuple[int, frozenset[int]], float] = {}
         self._moments: dict[int, tuple[Floats, Floats, float, int]] = {}
@@ -133,7 +136,7 @@ class Search:
         return self._scores[key]
 
     def _score(self, j: int, parents: frozenset[int]) -> float:
-        if len(parents) > self.most_parents:
+        if len(parents) > (0 if j in self.roots else self.most_parents):
             return -math.inf
         if j in self.required:
             return 0.0 if parents == {self.required[j]} else -math.inf
@@ -179,7 +182,7 @@ class Search:
     def graph(self, order: Sequence[int] | None = None) -> Graph:
         """The best graph found: any, or one whose columns stand in this order."""
         parents = self._climb() if order is None else self._within(list(order))
-        found = list(order) if order is not None else _sorted(parents)
+        found = list(order) if order is not None else _sorted(parents, self.roots)
         return Graph(found, [self._ranked(j, parents[j]) for j in range(self.columns)], self._total(parents))
 
     def _start(self) -> list[frozenset[int]]:
@@ -284,9 +287,9 @@ def _paths(parents: Sequence[frozenset[int]]) -> NDArray[np.bool_]:
     return reach
 
 
-def _sorted(parents: Sequence[frozenset[int]]) -> list[int]:
-    """The columns, every one after its parents; the first that can come, comes."""
-    order: list[int] = []
+def _sorted(parents: Sequence[frozenset[int]], roots: Sequence[int]) -> list[int]:
+    """The columns, every one after its parents, the roots first; the first that can come, comes."""
+    order = list(roots)
     while len(order) < len(parents):
         order.append(next(j for j in range(len(parents)) if j not in order and parents[j] <= set(order)))
     return order

@@ -11,6 +11,9 @@ Each member is trained on its own likelihood; the mixture (2) of normalised laws
 network adds: logits = log p(x_j | x_pa(j)) + network(x_<j).  The sketch is a sparse graph of the columns with smoothed
 tables and linear regressions (:mod:`likely.inference.structure`), which gives the first member its order too; the
 network's output starts at zero, so that training begins at a Bayesian network and keeps what the held-out rows confirm.
+A column whose values come again though its grid is fine comes first in an order that is free, if rows of the same value
+are alike in other columns: the sketch of these is mixed with what is remembered of such rows
+(:mod:`likely.inference.memory`).
 With any order the sketch is the joint normal law of the features (:mod:`likely.inference.normal`), whose conditionals
 are known for every set of cells.
 
@@ -65,8 +68,9 @@ from likely.distributions import Distribution, head, likelihoods
 from likely.distributions.categorical import sample_categories
 from likely.distributions.heads import BernoulliHead, CategoricalHead, Head, TableDistribution, TableHead
 from likely.distributions.single import one_cell
+from likely.inference.memory import Memory
 from likely.inference.normal import MOST_FEATURES, REACH, JointNormal
-from likely.inference.structure import Graph, Rows, Search, Sketch
+from likely.inference.structure import Floats, Graph, Rows, Search, Sketch
 from likely.networks import Features, Linear, ResidualMLP, full_precision, make_activation
 from likely.networks.features import PiecewiseLinear
 from likely.networks.masked import MaskedLinear
@@ -196,6 +200,7 @@ class Made(Model):
                     self.spelling,
                     start,
                     learns_order=learned and order == "learned" and k == 0,
+                    free=k > 0 or order in ("learned", "random"),
                     any_order=self.any_order,
                     sketched=learned,
                     context=width,
@@ -453,7 +458,7 @@ class Made(Model):
             rows = reservoir.rows()
         self.rows.fill_(sum(len(x) for x, _ in batches))
         for member in self._each():
-            member.initialise(spelled, rows)
+            member.initialise(spelled, rows, whole=rows is not None and len(rows) == self.rows)
 
     @classmethod
     def tiny(cls, space: Space, condition: Space | None = None) -> Made:
@@ -622,6 +627,7 @@ class _Member(nn.Module):
 
     Args:
         order: the cells in their order, unless ``learns_order``.
+        free: whether cells may be put before the others.
         sketched: whether it has a sketch.
         context: width of the context vector, 0 if there is none.
     """
@@ -637,6 +643,7 @@ class _Member(nn.Module):
         order: Sequence[int],
         *,
         learns_order: bool,
+        free: bool,
         any_order: bool,
         sketched: bool,
         context: int,
@@ -649,7 +656,7 @@ class _Member(nn.Module):
         options: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.spelling, self.learns_order, self.any_order = spelling, learns_order, any_order
+        self.spelling, self.learns_order, self.free, self.any_order = spelling, learns_order, free, any_order
         space = spelling.inner
         self.features = Features(space, embedding_dim)
         numeric = [j for j, column in enumerate(spelling.columns) if column.numeric]
@@ -670,6 +677,7 @@ class _Member(nn.Module):
         self.sketch: Sketch | None = None
         if sketched and not any_order and isinstance(self.head, TableHead | CategoricalHead | BernoulliHead):
             self.sketch = Sketch(spelling.levels, isinstance(self.head, BernoulliHead))
+        self.memory = Memory(spelling.levels) if self.sketch is not None and isinstance(self.head, TableHead) else None
         if isinstance(self.head, TableHead):
             #: which numeric columns follow a normal guess (shape (columns, 1)), what deviation the sketch leaves them,
             #: and the means of the logistics that are nearly N(0, 1)
@@ -723,14 +731,33 @@ class _Member(nn.Module):
         log_probs, means = self.sketch(x.detach())
         if not isinstance(self.head, TableHead) or not self.numeric:
             return log_probs
-        return torch.cat([log_probs, self._following(self.head, means, self.left.to(means).expand_as(means))], 1)
+        deviations, near = self.left.to(means).expand_as(means), None
+        if self.memory is not None and not self.memory.empty:
+            log_probs, nearer, share = self.memory(x, self._standard(self.head, x), log_probs, means)
+            near = nearer, self.memory.spread.expand_as(means), share
+        return torch.cat([log_probs, self._following(self.head, means, deviations, near)], 1)
 
-    def _following(self, head: TableHead, mean: Tensor, deviation: Tensor) -> Tensor:
+    def _standard(self, head: TableHead, x: Tensor) -> Tensor:
+        """The numeric cells in standard units."""
+        return (x[:, self.numeric].to(head.unit) - head.location) / head.unit
+
+    def _following(
+        self, head: TableHead, mean: Tensor, deviation: Tensor, near: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Numbers of the numeric columns that follow a normal guess: shape ``(n, columns · per_column)``.
 
         The logistics become the normal law, and the logit of an atom v gets log N(v; mean, deviation²) − log N(v; 0, 1)
         in standard units: what the guess makes of v beside what the column's marginal does.
+
+        Args:
+            near: mean, deviation and share of another normal law that is mixed in; the logistics become the normal law
+                with the mixture's mean and variance.
         """
+        z = ((head.atoms - head.location.unsqueeze(1)) / head.unit.unsqueeze(1)).to(mean).clamp(-REACH, REACH)
+        tilt = _tilt(z, mean, deviation.clamp(min=_LEAST_DEVIATION))
+        if near is not None:
+            tilt = _mixed(tilt, _tilt(z, near[0], near[1].clamp(min=_LEAST_DEVIATION)), near[2].unsqueeze(2))
+            mean, deviation = _moments(mean, deviation, *near)
         k, count, atoms = head.components, len(self.numeric), head.atoms.shape[1]
         follows = self.follows.to(mean).squeeze(1)
         spread = deviation.clamp(min=_LEAST_DEVIATION)
@@ -739,9 +766,6 @@ class _Member(nn.Module):
         blank = mean.new_zeros(len(mean), count, k)
         pieces = [blank, means, scales]
         if atoms:
-            z = ((head.atoms - head.location.unsqueeze(1)) / head.unit.unsqueeze(1)).to(mean).clamp(-REACH, REACH)
-            away = (z - mean.unsqueeze(2)) / spread.unsqueeze(2)
-            tilt = 0.5 * z.square() - 0.5 * away.square() - spread.log().unsqueeze(2)
             pieces.append(tilt.clamp(-_MOST_TILT, _MOST_TILT) * follows.unsqueeze(1))
         if head.recall:
             pieces.append(mean.new_zeros(len(mean), count, 1))
@@ -778,14 +802,14 @@ class _Member(nn.Module):
     # Beginning -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def initialise(self, batches: Batches, rows: Tensor | None) -> None:
-        """Scales and biases from the batches; order and sketch from a sample of their rows."""
+    def initialise(self, batches: Batches, rows: Tensor | None, whole: bool) -> None:
+        """Scales and biases from the batches; order and sketch from a sample of their rows, or from the ``whole``."""
         self.features.initialise(batches)
         if self.parts is not None:
             self.parts.initialise(x[:, self.numeric] for x, _ in batches)
         self.head.initialise(batches)
         if self.sketch is not None and rows is not None and len(rows):
-            self._sketch(self.sketch, rows)
+            self._sketch(self.sketch, rows, self._recalled() if whole else [])
         if self.normal is not None and rows is not None and len(rows):
             self._begin_joint(self.normal, rows)
 
@@ -805,18 +829,31 @@ class _Member(nn.Module):
         for i, row in enumerate(bias[at:].reshape(-1, head.per_column)):
             self._follow(head, row, i, rows[:, self.numeric[i]])
 
-    def _sketch(self, sketch: Sketch, cells: Tensor) -> None:
+    def _recalled(self) -> list[int]:
+        """Columns whose values come again, though their grid is fine."""
+        if not isinstance(self.head, TableHead) or not self.head.recall:
+            return []
+        return [j for j, size in zip(self.numeric, self.head.recalled_sizes.tolist()) if size]
+
+    def _sketch(self, sketch: Sketch, cells: Tensor, recalled: Sequence[int]) -> None:
+        """Learn graph and order; the first of the recalled columns that says something of others is remembered."""
         location, unit = np.zeros(0), np.ones(0)
         if isinstance(self.head, TableHead):
             location, unit = self.head.location.cpu().numpy(), self.head.unit.cpu().numpy()
         x = cells.numpy().copy()
         x[:, self.numeric] = (x[:, self.numeric] - location) / unit
         rows = Rows(x, self.spelling.levels)
-        search = Search(rows, required={j: j - 1 for j in self.spelling.split})
-        graph: Graph = search.graph(None if self.learns_order else self.cells_in_order)
+        left = np.ones(0)
+        for column in [*recalled, None]:
+            first = [column] if column is not None and self.free else []
+            search = Search(rows, required={j: j - 1 for j in self.spelling.split}, roots=first)
+            rest = [j for j in self.cells_in_order if j not in first]
+            graph: Graph = search.graph(None if self.learns_order else first + rest)
+            left = sketch.fit(rows, graph, search, location, unit)
+            if column is not None and self._remember(sketch, column, graph.order, cells, left):
+                break
         self.order.copy_(torch.tensor(graph.order))
         self._mask()
-        left = sketch.fit(rows, graph, search, location, unit)
         bias = self.head.output.bias
         assert isinstance(bias, Tensor)
         coded = sum(levels if not sketch.binary else 1 for levels in self.spelling.levels if levels)
@@ -825,6 +862,15 @@ class _Member(nn.Module):
             self.left.copy_(torch.from_numpy(left))
             for i, row in enumerate(bias[coded:].reshape(len(self.numeric), -1)):
                 self._follow(self.head, row, i, cells[:, self.numeric[i]])
+
+    def _remember(self, sketch: Sketch, column: int, order: Sequence[int], cells: Tensor, left: Floats) -> bool:
+        """Remember the values of a column, if they say something of those after it in the order."""
+        assert self.memory is not None and isinstance(self.head, TableHead)
+        log_probs, means = map(torch.cat, zip(*(sketch(x) for x in cells.split(4096))))
+        after = order[list(order).index(column) + 1 :]
+        z = self._standard(self.head, cells)
+        self.memory.fit(column, after, cells, z, log_probs, means, torch.from_numpy(left))
+        return not self.memory.empty
 
     def _follow(self, head: TableHead, bias: Tensor, i: int, cells: Tensor) -> None:
         """Let a numeric column follow a normal guess, unless most of it is one value and the rest is far away.
@@ -850,6 +896,25 @@ class _Member(nn.Module):
         bias[k : 2 * k] = 0.0
         bias[2 * k : 3 * k] = math.log(scale)
         self.follows[i] = 1.0
+
+
+def _tilt(z: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """log N(z; mean, deviation²) − log N(z; 0, 1), shape ``(n, columns, values)`` of z ``(columns, values)``."""
+    away = (z - mean.unsqueeze(2)) / deviation.unsqueeze(2)
+    return 0.5 * z.square() - 0.5 * away.square() - deviation.log().unsqueeze(2)
+
+
+def _mixed(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
+    """Logarithm of a mixture of two laws."""
+    top = torch.maximum(first, second)
+    return top + ((1.0 - share) * (first - top).exp() + share * (second - top).exp()).log()
+
+
+def _moments(mean: Tensor, deviation: Tensor, nearer: Tensor, spread: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of a mixture of two laws."""
+    apart = nearer - mean
+    within = (1.0 - share) * deviation.square() + share * spread.square()
+    return mean + share * apart, (within + (1.0 - share) * share * apart.square()).sqrt()
 
 
 def _beyond(cells: Tensor, atoms: Tensor, step: float, unit: float) -> Tensor:
