@@ -1076,7 +1076,7 @@ MUTANTS = [
         "MADE: a row among the rows that it is held against",
         told(of_made.test_a_memory_is_the_rows_of_the_same_value_but_the_row_itself),
         Memory,
-        "forward",
+        "codes",
         "if self.training:",
         "if not self.training:",
     ),

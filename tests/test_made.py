@@ -388,14 +388,16 @@ def test_a_memory_is_the_rows_of_the_same_value_but_the_row_itself() -> None:
         return law, (sum(ages) + b * 0.25) / (len(ages) + b), float(memory.weight[1]) if ages else 0.0
 
     for training in (True, False):
-        log_law, nearer, weight = memory.train(training)(x, z, log_probs, means)
+        log_law = memory.train(training).codes(x, log_probs)
+        nearer, _, weight = memory.numbers_near(x, z, means)
         for i in range(0, 900, 13):
             rows = [k for k in range(900) if x[k, 0] == x[i, 0] and not (training and k == i)]
             law, mean, near = said(i, rows)
             assert log_law[i].exp().tolist() == pytest.approx(law)
             assert (float(nearer[i, 1]), float(weight[i, 1])) == pytest.approx((mean, near))
     other = torch.tensor([[-5.0, torch.nan, torch.nan]], dtype=torch.float64)
-    log_law, _, weight = memory.eval()(other, (other[:, [0, 2]] - 50.0) / 20.0, log_probs[:1], means[:1])
+    log_law = memory.codes(other, log_probs[:1])
+    _, _, weight = memory.numbers_near(other, (other[:, [0, 2]] - 50.0) / 20.0, means[:1])
     assert torch.allclose(log_law.exp(), share) and not weight.any(), "of a value never seen nothing is remembered"
 
 

@@ -68,48 +68,52 @@ class Memory(nn.Module):
 
     # What it says ----------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, z: Tensor, log_probs: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities by equation (1); of equation (2) the nearer means, and w, 0 where nothing is remembered.
+    def codes(self, x: Tensor, log_probs: Tensor, only: int | None = None) -> Tensor:
+        """Log-probabilities by equation (1), shape ``(n, codes)``.
 
         Args:
             x: cells in the units of the data, shape ``(n, columns)``, NaN where unknown.
-            z: the numeric ones in standard units.
             log_probs: log p(v | s), shape ``(n, codes)``.
-            means: μ(s), shape ``(n, numeric columns)``, in standard units.
+            only: the column that is asked for; those of others may stay as they are.
         """
-        place, known = self._places(x[:, int(self.column)])
-        counts = torch.where(known.unsqueeze(1), self.counts[place], 0)
+        place, known = self._places(x)
+        pieces = []
+        at = 0
+        for j, piece, a in zip(self.coded, log_probs.split(self.levels, 1), self.of_codes.tolist()):
+            start, at = at, at + piece.shape[1] * (a > 0)
+            if a and only in (None, j):
+                counts = torch.where(known.unsqueeze(1), self.counts[place, start:at], 0)
+                if self.training:
+                    counts = (counts - _one_hot(x[:, j], piece.shape[1])).clamp(min=0)
+                total = counts.sum(1, keepdim=True).to(piece)
+                piece = ((counts.to(piece) + a * piece.exp()) / (total + a)).log()
+            pieces.append(piece)
+        return torch.cat(pieces, 1) if pieces else log_probs
+
+    def numbers_near(self, x: Tensor, z: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of equation (2) the nearer mean, δ and w (0 where nothing is remembered), shape ``(n, numeric columns)``.
+
+        Args:
+            x: see :meth:`codes`.
+            z: the numeric cells in standard units.
+            means: μ(s), in standard units.
+        """
+        place, known = self._places(x)
         numbers = torch.where(known.unsqueeze(1), self.numbers[place], 0)
         sums = torch.where(known.unsqueeze(1), self.sums[place], 0.0)
         if self.training:
             seen = ~torch.isnan(z)
-            counts, numbers = (counts - self._own(x)).clamp(min=0), (numbers - seen.long()).clamp(min=0)
+            numbers = (numbers - seen.long()).clamp(min=0)
             sums = torch.where(numbers > 0, sums - torch.where(seen, z, 0.0), 0.0)
         a = torch.where(self.of_numbers > 0, self.of_numbers, torch.ones_like(self.of_numbers))
         share = torch.where(numbers > 0, self.weight, torch.zeros_like(self.weight))
-        return self._codes(counts, log_probs), (sums + a * means) / (numbers + a), share
+        return (sums + a * means) / (numbers + a), self.spread.expand_as(means), share
 
-    def _places(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """The place of each value among those remembered, and whether it is one of them."""
+    def _places(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The place of each row's value among those remembered, and whether it is one of them."""
+        cells = x[:, int(self.column)]
         place = torch.searchsorted(self.values, cells.to(self.values).contiguous()).clamp(max=len(self.values) - 1)
         return place, self.values[place] == cells
-
-    def _codes(self, counts: Tensor, log_probs: Tensor) -> Tensor:
-        pieces = []
-        at = 0
-        for piece, a in zip(log_probs.split(self.levels, 1), self.of_codes.tolist()):
-            if a:
-                found = counts[:, at : at + piece.shape[1]]
-                at += piece.shape[1]
-                total = found.sum(1, keepdim=True).to(piece)
-                piece = ((found.to(piece) + a * piece.exp()) / (total + a)).log()
-            pieces.append(piece)
-        return torch.cat(pieces, 1) if pieces else log_probs
-
-    def _own(self, x: Tensor) -> Tensor:
-        """What each row adds to the counts of codes."""
-        own = [_one_hot(x[:, j], n) for j, n, a in zip(self.coded, self.levels, self.of_codes.tolist()) if a]
-        return torch.cat(own, 1) if own else self.counts.new_zeros(len(x), 0)
 
     # Fitting ---------------------------------------------------------------------------------------------------
 
@@ -122,7 +126,7 @@ class Memory(nn.Module):
         Args:
             column: whose values are remembered.
             after: the columns that may know of it.
-            x, z, log_probs, means: see :meth:`forward`; of all rows that are trained on.
+            x, z, log_probs, means: see :meth:`codes` and :meth:`numbers_near`; of all rows that are trained on.
             left: σ of each numeric column, in standard units.
         """
         seen = ~torch.isnan(x[:, column])

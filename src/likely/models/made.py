@@ -699,11 +699,12 @@ class _Member(nn.Module):
 
     # From cells to their law ---------------------------------------------------------------------------------
 
-    def law(self, x: Tensor, context: Tensor | None) -> Distribution:
+    def law(self, x: Tensor, context: Tensor | None, only: int | None = None) -> Distribution:
         """The law of every cell given the known ones that come before it (with any order: all known ones).
 
         Args:
             x: shape ``(n, cells)``, NaN where unknown or missing.
+            only: the cell that is asked for, if the laws of the others do not matter.
         """
         dtype: torch.dtype = self.head.output.bias.dtype  # type: ignore[assignment,union-attr]
         shown = x if self.spelling.columns or self.spelling.inner.missing else x.nan_to_num(0.0)
@@ -717,24 +718,27 @@ class _Member(nn.Module):
             guess = self._guessed(self.normal, mean, deviation).to(dtype)
         numbers = full_precision(self.network(h, context))
         if self.sketch is not None:
-            numbers = numbers + self._sketched(x).to(numbers.dtype)
+            numbers = numbers + self._sketched(x, only).to(numbers.dtype)
         if guess is not None:
             numbers = numbers + guess
         return self.head(self._possible(x, numbers))
 
     def cell(self, x: Tensor, t: int, context: Tensor | None) -> Distribution:
         """The law of one cell, shape ``(n, 1)``."""
-        return one_cell(self.law(x, context), t)
+        return one_cell(self.law(x, context, t), t)
 
-    def _sketched(self, x: Tensor) -> Tensor:
+    def _sketched(self, x: Tensor, only: int | None) -> Tensor:
         assert self.sketch is not None
         log_probs, means = self.sketch(x.detach())
         if not isinstance(self.head, TableHead) or not self.numeric:
             return log_probs
         deviations, near = self.left.to(means).expand_as(means), None
         if self.memory is not None and not self.memory.empty:
-            log_probs, nearer, share = self.memory(x, self._standard(self.head, x), log_probs, means)
-            near = nearer, self.memory.spread.expand_as(means), share
+            log_probs = self.memory.codes(x, log_probs, only)
+            some = [i for i, a in enumerate(self.memory.of_numbers.tolist()) if a and only in (None, self.numeric[i])]
+            if some:
+                found = self.memory.numbers_near(x, self._standard(self.head, x), means)
+                near = torch.tensor(some, device=x.device), *(piece[:, some] for piece in found)
         return torch.cat([log_probs, self._following(self.head, means, deviations, near)], 1)
 
     def _standard(self, head: TableHead, x: Tensor) -> Tensor:
@@ -742,7 +746,7 @@ class _Member(nn.Module):
         return (x[:, self.numeric].to(head.unit) - head.location) / head.unit
 
     def _following(
-        self, head: TableHead, mean: Tensor, deviation: Tensor, near: tuple[Tensor, Tensor, Tensor] | None = None
+        self, head: TableHead, mean: Tensor, deviation: Tensor, near: tuple[Tensor, ...] | None = None
     ) -> Tensor:
         """Numbers of the numeric columns that follow a normal guess: shape ``(n, columns · per_column)``.
 
@@ -750,14 +754,17 @@ class _Member(nn.Module):
         in standard units: what the guess makes of v beside what the column's marginal does.
 
         Args:
-            near: mean, deviation and share of another normal law that is mixed in; the logistics become the normal law
-                with the mixture's mean and variance.
+            near: numbers of some of the columns, and mean, deviation and share of another normal law that is mixed into
+                theirs; the logistics become the normal law with the mixture's mean and variance.
         """
         z = ((head.atoms - head.location.unsqueeze(1)) / head.unit.unsqueeze(1)).to(mean).clamp(-REACH, REACH)
         tilt = _tilt(z, mean, deviation.clamp(min=_LEAST_DEVIATION))
         if near is not None:
-            tilt = _mixed(tilt, _tilt(z, near[0], near[1].clamp(min=_LEAST_DEVIATION)), near[2].unsqueeze(2))
-            mean, deviation = _moments(mean, deviation, *near)
+            some, nearer, spread, share = near
+            other = _tilt(z[some], nearer, spread.clamp(min=_LEAST_DEVIATION))
+            tilt = tilt.index_copy(1, some, _mixed(tilt[:, some], other, share.unsqueeze(2)))
+            moments = _moments(mean[:, some], deviation[:, some], nearer, spread, share)
+            mean, deviation = (old.index_copy(1, some, new) for old, new in zip((mean, deviation), moments))
         k, count, atoms = head.components, len(self.numeric), head.atoms.shape[1]
         follows = self.follows.to(mean).squeeze(1)
         spread = deviation.clamp(min=_LEAST_DEVIATION)
