@@ -33,13 +33,14 @@ from likely.evaluation import held_out
 from likely.models.transformer import Transformer
 from likely.training import train
 from likely.units import bits
-from text import compressors
+from text import compressors, seconds_per_step
 
 MODEL: dict[str, Any] = {"width": 128, "layers": 4, "ngrams": (2, 3), "ngram_bits": 12}
 TRAINING: dict[str, Any] = {
     "batch_size": 32,
     "learning_rate": 3e-3,
     "warmup": 50,
+    "decay": "cosine",
     "clip_norm": 1.0,
     "precision": "bfloat16",
     "optimizer_options": {"betas": (0.9, 0.98)},
@@ -89,12 +90,7 @@ def main() -> None:
     train_set, test_set = schema.read(known), schema.read(test)
 
     torch.manual_seed(0)
-    pace = []
-    for steps in (2, 6):
-        started = time.process_time()
-        train(Transformer(train_set.space, **MODEL), train_set, None, steps=steps, **TRAINING)
-        pace.append(time.process_time() - started)
-    steps = max(1, round(arguments.cpu_seconds / ((pace[1] - pace[0]) / 4)))
+    steps = max(1, round(arguments.cpu_seconds / seconds_per_step(MODEL, TRAINING, train_set)))
     torch.manual_seed(0)
     model, started = Transformer(train_set.space, **MODEL), time.process_time()
     train(model, train_set, None, steps=steps, **TRAINING)

@@ -64,14 +64,14 @@ def windows(text: bytes, step: int) -> Dataset:
     return Dataset(Tokens(LENGTH, 257), codes.unfold(0, LENGTH, step))
 
 
-def steps_in(seconds: float, data: Dataset) -> int:
-    """Training steps that take so many CPU seconds, from the pace of a short run."""
-    model, pace = Transformer(data.space, **MODEL), []
-    for steps in (2, 8):
+def seconds_per_step(model: dict[str, Any], training: dict[str, Any], data: Dataset) -> float:
+    """CPU seconds of a training step, from two short runs after one that warms up."""
+    used = []
+    for steps in (2, 4, 20):
         started = time.process_time()
-        train(model, data, None, steps=steps, progress=False, **TRAINING)
-        pace.append(time.process_time() - started)
-    return max(1, round(0.93 * seconds / ((pace[1] - pace[0]) / 6)))  # the rest is for evaluations on the way
+        train(Transformer(data.space, **model), data, None, **{**training, "steps": steps, "progress": False})
+        used.append(time.process_time() - started)
+    return (used[2] - used[1]) / 16
 
 
 def compressors(train_text: bytes, test: bytes) -> list[dict[str, Any]]:
@@ -118,7 +118,8 @@ def transformer(train_text: bytes, test: bytes, seconds: float, run: Path | None
         if plan is not None and plan.exists():
             steps = int(plan.read_text())
         else:
-            steps = steps_in(seconds, train_set)
+            pace = seconds_per_step(MODEL, TRAINING, train_set)
+            steps = max(1, round(0.93 * seconds / pace))  # the rest is for evaluations on the way
             if plan is not None:
                 plan.parent.mkdir(parents=True, exist_ok=True)
                 plan.write_text(str(steps))

@@ -811,8 +811,8 @@ MUTANTS = [
         "cache that forgets where it is",
         told(of_transformer.test_the_walk_with_its_cache_gives_the_laws_of_the_whole_pass, Tokens(5, 4)),
         TransformerLayers,
-        "forward",
-        "caches[0].size if caches else 0",
+        "step",
+        "caches[0].size",
         "0",
     ),
     Mutant(

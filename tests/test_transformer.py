@@ -16,7 +16,7 @@ from likely.contract import Binary, Column, Integers, Space, Table, Tokens, Unsu
 from likely.evaluation.sequences import running_nats
 from likely.models.gaussian import Gaussian
 from likely.models.transformer import Transformer
-from likely.networks.attention import Attention, rotations
+from likely.networks.attention import Attention, rotations, turns
 from likely.networks.ngrams import NGrams
 from likely.networks.transformer import TransformerLayers
 from likely.noise import KeyedNoise, StreamNoise
@@ -84,7 +84,7 @@ def test_attention_is_that_of_the_paper(causal: bool) -> None:
         scores = np.array([turned(q[n, i, part], i) @ turned(k[n, j, part], j) / 2 for j in seen])
         weights = np.exp(scores) / np.exp(scores).sum()
         expected[n, i, part] = sum(w * v[n, j, part] for w, j in zip(weights, seen))
-    found = layer(x, rotations(5, 4))
+    found = layer(x, turns(rotations(5, 4)))
     np.testing.assert_allclose(found.detach().numpy(), layer.output(torch.from_numpy(expected)).detach(), atol=1e-12)
 
 

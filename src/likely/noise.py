@@ -20,6 +20,8 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed 64-bit integer
 _MIX1 = -4658895280553007687  # splitmix64's first multiplier, 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # splitmix64's second multiplier, 0x94D049BB133111EB
+#: Words an example that are made together, once a noise is asked for a few at a time.
+_AHEAD = 64
 
 
 class Noise(Protocol):
@@ -78,6 +80,7 @@ class KeyedNoise:
     def __init__(self, seed: int, keys: Tensor) -> None:
         self._streams = _mix(_mix(torch.full_like(keys, seed)) + keys * _GOLDEN)
         self._drawn = 0
+        self._made = self._streams[:, None][:, :0]
 
     def _words(self, shape: Sequence[int]) -> Tensor:
         if shape[0] != len(self._streams):
@@ -85,9 +88,13 @@ class KeyedNoise:
         per_example = 1
         for size in shape[1:]:
             per_example *= size
-        counters = torch.arange(self._drawn + 1, self._drawn + per_example + 1, device=self._streams.device)
+        if self._made.shape[1] < per_example:
+            made = max(per_example, _AHEAD if self._drawn else 0)
+            counters = torch.arange(self._drawn + 1, self._drawn + made + 1, device=self._streams.device)
+            self._made = _mix(self._streams[:, None] + counters * _GOLDEN)
+        words, self._made = self._made[:, :per_example], self._made[:, per_example:]
         self._drawn += per_example
-        return _mix(self._streams[:, None] + counters * _GOLDEN).reshape(tuple(shape))
+        return words.reshape(tuple(shape))
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
         """Uniform variates on the 2^23 cell centres of (0, 1), which float32 holds exactly."""

@@ -173,8 +173,8 @@ class Transformer(Model):
     def _next(self, x: Tensor, t: int, caches: list[Cache], context: Tensor | None) -> Distribution:
         """The law of cell t of all examples, from their cells before it, ``(n, T)``; extends the caches."""
         token = self._tokens(x[:, :t], t - 1) if t else self.begin.expand(len(x), 1, -1)
-        h = self.layers(self._placed(token, t, context), caches)
-        return self.cells.law(h[:, 0], t)
+        h = self.layers.step(self._placed(token, t, context)[:, 0], caches)
+        return self.cells.law(h, t)
 
     def _walk(
         self, n: int, context: Tensor | None, run: Callable[..., Any] | None = None
@@ -194,9 +194,9 @@ class Transformer(Model):
     def sample(self, n: int, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         """Each cell drawn from its law given all before it; every cell is there."""
         noise = noise_or_global(noise, self)
-        with torch.no_grad():
+        with torch.inference_mode():  # what it makes has no version counters, and cannot leave it but as a copy
             x, _ = self._completed(self._unknown(n), self._context(condition), noise)
-        return x.reshape(n, *self.space.shape)
+        return x.reshape(n, *self.space.shape).clone()
 
     def impute(
         self,

@@ -54,20 +54,18 @@ def _turned(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the tokens so far, of one attention layer: shapes ``(n, heads, length, d)``."""
+    """Keys and values of the tokens so far, of one attention layer: shape ``(2, n, heads, length, d)``."""
 
     def __init__(self, n: int, heads: int, length: int, width: int, like: Tensor) -> None:
-        self.keys = like.new_zeros(n, heads, length, width)
-        self.values = like.new_zeros(n, heads, length, width)
+        self.kept = like.new_zeros(2, n, heads, length, width)
         self.size = 0
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of the next tokens, shape ``(n, heads, tokens, d)``; all so far."""
-        stop = self.size + keys.shape[2]
-        self.keys[:, :, self.size : stop] = keys
-        self.values[:, :, self.size : stop] = values
-        self.size = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+    def extend(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the next token, shape ``(2, n, heads, d)``; keys and values of all tokens so far."""
+        self.kept[:, :, :, self.size] = keys_values
+        self.size += 1
+        keys, values = self.kept[:, :, :, : self.size].unbind()
+        return keys, values
 
 
 class Attention(nn.Module):
@@ -89,26 +87,50 @@ class Attention(nn.Module):
         nn.init.normal_(self.qkv.weight, std=1.0 / math.sqrt(width))
         nn.init.zeros_(self.qkv.bias)
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None = None) -> Tensor:
         """Shape ``(n, tokens, width)`` to the same.
 
         Args:
-            rotation: of these tokens, from :func:`rotations`: shape ``(2, tokens, d / 2)``.
-            cache: what came before; one token at a time.
+            rotation: of these tokens, from :func:`turns`: shape ``(2, tokens, d)``.
             mask: True where a query may see a key, shape broadcast to ``(n, heads, queries, keys)``.
         """
         n, tokens, width = x.shape
         qkv = self.qkv(x).reshape(n, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = _rotated(qkv[:2], *rotation.unbind(0)).unbind(0)
-        v = qkv[2]
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        causal = self.causal and cache is None and mask is None
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        q, k = _rotated(qkv[:2], *rotation).unbind()
+        causal = self.causal and mask is None
+        with torch.autocast("cpu", enabled=False):  # its derivative there takes two to five times as long in bfloat16
+            y = F.scaled_dot_product_attention(q, k, qkv[2].to(q.dtype), mask, is_causal=causal)
         return self.output(y.transpose(1, 2).reshape(n, tokens, width))
+
+    def step(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+        """The next token of each sequence alone, shape ``(n, width)`` to the same; keys and values join the cache.
+
+        Args:
+            turn: of this token, from :func:`step_turn`.
+        """
+        qkv = self.qkv(x).reshape(len(x), 3, self.heads, x.shape[1] // self.heads).transpose(0, 1)
+        turned = _rotated(qkv, *turn)
+        k, v = cache.extend(turned[1:])
+        y = F.scaled_dot_product_attention(turned[0].unsqueeze(2), k, v)
+        return self.output(y.reshape(x.shape))
+
+
+def turns(rotation: Tensor) -> Tensor:
+    """cos and ∓ sin from :func:`rotations`, a number for every feature of a head: shape ``(2, length, d)``."""
+    cos, sin = rotation.unbind()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+
+
+def step_turn(turn: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and ∓ sin for query, key and value of one token, from ``(2, d)`` of :func:`turns`: shape ``(3, 1, 1, d)``.
+
+    A value is not turned: its cosines are 1 and its sines 0.
+    """
+    still = turn.new_tensor([[1.0], [0.0]]).expand_as(turn)
+    cos, sin = torch.stack([turn, turn, still], 1)[:, :, None, None].unbind()
+    return cos, sin
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair of features (f, f + d/2) turned by its token's angle."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from likely.networks.attention import Attention, Cache, rotations
+from likely.networks.attention import Attention, Cache, rotations, step_turn, turns
 from likely.networks.linear import Linear
 from likely.networks.mlp import make_activation
 
@@ -28,10 +28,15 @@ class Block(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None = None) -> Tensor:
         """Shape ``(n, tokens, width)`` to the same; see :meth:`Attention.forward`."""
-        x = x + self.dropout(self.attention(self.before_attention(x), rotation, cache, mask))
+        x = x + self.dropout(self.attention(self.before_attention(x), rotation, mask))
         return x + self.dropout(self.mlp(self.before_mlp(x)))
+
+    def step(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+        """The next token alone, shape ``(n, width)`` to the same; see :meth:`Attention.step`."""
+        x = x + self.attention.step(self.before_attention(x), turn, cache)
+        return x + self.mlp(self.before_mlp(x))
 
 
 class TransformerLayers(nn.Module):
@@ -40,8 +45,8 @@ class TransformerLayers(nn.Module):
     >>> layers = TransformerLayers(6, width=8, heads=2, layers=2)
     >>> x = torch.randn(3, 6, 8)
     >>> caches = layers.caches(3, x)
-    >>> steps = [layers(x[:, t : t + 1], caches) for t in range(6)]
-    >>> torch.allclose(torch.cat(steps, 1), layers(x), atol=1e-5)
+    >>> steps = [layers.step(x[:, t], caches) for t in range(6)]
+    >>> torch.allclose(torch.stack(steps, 1), layers(x), atol=1e-5)
     True
 
     Args:
@@ -72,22 +77,29 @@ class TransformerLayers(nn.Module):
             Block(width, heads, hidden or 4 * width, activation, dropout, causal) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width)
-        table = rotations(length, width // heads).to(torch.get_default_dtype())
+        table = turns(rotations(length, width // heads)).to(torch.get_default_dtype())
         self.register_buffer("rotation", table, persistent=False)
 
     def caches(self, n: int, like: Tensor) -> list[Cache]:
         """Empty caches for ``n`` sequences, with the dtype and device of ``like``."""
-        width = 2 * self.rotation.shape[-1]
+        width = self.rotation.shape[-1]
         return [Cache(n, self.heads, self.length, width, like) for _ in self.blocks]
 
-    def forward(self, x: Tensor, caches: list[Cache] | None = None, mask: Tensor | None = None) -> Tensor:
-        """All tokens at once; with caches the next token alone, shape ``(n, 1, width)``.
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """All tokens at once.
 
         Args:
             mask: True where a token may see another, shape broadcast to ``(n, heads, tokens, tokens)``.
         """
-        start = caches[0].size if caches else 0
-        rotation = self.rotation[:, start : start + x.shape[1]]
-        for i, block in enumerate(self.blocks):
-            x = block(x, rotation, caches[i] if caches else None, mask)
+        rotation = self.rotation[:, : x.shape[1]]
+        for block in self.blocks:
+            x = block(x, rotation, mask)
+        return self.norm(x)
+
+    def step(self, x: Tensor, caches: list[Cache]) -> Tensor:
+        """The next token alone, shape ``(n, width)`` to the same; dropout, which is for training, is left out."""
+        turn = step_turn(self.rotation[:, caches[0].size])
+        for block, cache in zip(self.blocks, caches):
+            assert isinstance(block, Block)
+            x = block.step(x, turn, cache)
         return self.norm(x)
