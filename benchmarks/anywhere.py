@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from likely.exact import Irreproducible
 from turns import machine, versions
 
 ROOT = Path(__file__).parent.parent
+WRITTEN = "as written"
 GOLDEN = ROOT / "tests" / "golden"
 WITHOUT_NETWORK = ("independent", "gaussian", "mixture")
 
@@ -106,9 +107,11 @@ def write(folder: Path) -> dict[str, str]:
     return digests
 
 
-def run(folder: Path, pythons: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Setting and findings, one after another."""
+def run(folder: Path, pythons: list[str], known: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Setting and findings, one after another, of those that are not known."""
     for name, command, environment, inside in settings(pythons):
+        if (name or WRITTEN) in known:
+            continue
         path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
         own = [part.partition("=")[2] for part in command if part.startswith("PYTHONPATH=")]
         command = [part if not part.startswith("PYTHONPATH=") else f"{part}{os.pathsep}{path}" for part in command]
@@ -129,8 +132,8 @@ def run(folder: Path, pythons: list[str]) -> Iterator[tuple[str, dict[str, Any]]
         versions = {key: found.pop(key) for key in ("machine", "torch", "numpy", "python")}
         for setting, findings in found.items():
             both = ", ".join(part for part in (name, setting) if part not in ("", "plain"))
-            yield both or "as written", {**versions, "seconds": seconds, "findings": findings}
-            print(both or "as written", f"{seconds:.0f} s", file=sys.stderr)
+            yield both or WRITTEN, {**versions, "seconds": seconds, "findings": findings}
+            print(both or WRITTEN, f"{seconds:.0f} s", file=sys.stderr)
 
 
 def summary(findings: dict[str, Any], digests: dict[str, str], native: bool) -> tuple[str, str, str]:
@@ -150,14 +153,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", action="append", default=[], help="NAME=COMMAND of a further interpreter")
     parser.add_argument("--out", type=Path, help="path of the results, without suffix")
+    parser.add_argument("--extend", action="store_true", help="keep the settings of the record that is there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: dict[str, Any] = {}
+    if options.extend:
+        rows = json.loads(options.out.with_suffix(".json").read_text(encoding="utf-8"))["settings"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         digests = write(folder)
         sizes = {file.stem: file.stat().st_size for file in sorted(folder.glob("*.lk"))}
-        for setting, found in run(folder, options.python):
+        for setting, found in run(folder, options.python, tuple(rows)):
             rows[setting] = found
             report(options, rows, digests, sizes)
 

@@ -45,7 +45,10 @@ MIDDLE = {
     "MKL_CBWR": "AVX2",
     "OPENBLAS_CORETYPE": "Haswell",
 }
-#: A command that runs Python under an emulator of another processor; it needs torch, numpy and safetensors.
+#: A command that runs Python under an emulator of another processor; it needs torch, numpy and safetensors, such as
+#: ``env PYTHONPATH=PACKAGES:src qemu-aarch64-static -L ROOT ROOT/usr/bin/python3.11`` with
+#: ``debootstrap --foreign --arch=arm64 --include=python3,libgomp1,libstdc++6 bookworm ROOT``, its packages unpacked by
+#: ``dpkg-deb -x``, and ``pip install --target PACKAGES --platform manylinux_2_28_aarch64 --only-binary=:all: …``.
 FOREIGN = os.environ.get("LIKELY_FOREIGN_PYTHON", "")
 
 
