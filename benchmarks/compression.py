@@ -62,7 +62,8 @@ from likely import archive, models
 from likely.coding.bits_back import encode_rows
 from likely.coding.rows import Rows
 from likely.coding.weights import pack, unpack
-from likely.contract import Binary, Table
+from likely.contract import Binary, Model, Table
+from likely.data import infer_schema
 from likely.data.originals import take_apart
 from likely.evaluation.classic import sheets
 from likely.noise import KeyedNoise
@@ -87,17 +88,24 @@ BARE = ", of bare columns"
 
 
 class Coded:
-    """The rows of a case that its model has not seen, or the first n of them."""
+    """The rows of a case that its model has not seen, or the first n of them; without a run there is no model."""
 
-    def __init__(self, case: Case, fitted: likely.Fitted) -> None:
-        self.case, self.fitted = case, fitted
-        self.whole = case.load()[1]
+    def __init__(self, case: Case, run: Path) -> None:
+        self.case = case
+        self.fitted = likely.load(run) if (run / "model.safetensors").exists() else None
+        train, self.whole = case.load()
+        self.schema = infer_schema(train) if self.fitted is None else self.fitted.schema
         self._lines: list[bytes] = []
         if isinstance(self.whole, Path):
             self._lines = gzip.decompress(self.whole.read_bytes()).splitlines(keepends=True)
-        n = take_apart(fitted.schema, self.whole, **case.read).n
+        n = take_apart(self.schema, self.whole, **case.read).n
         self.n = n if case.rows is None else min(n, case.rows)
         self.all = self.n == n
+
+    @property
+    def model(self) -> Model:
+        assert self.fitted is not None
+        return self.fitted.model
 
     def source(self, n: int, folder: Path) -> Any:
         """The first n rows as the user has them."""
@@ -115,7 +123,7 @@ class Coded:
 
     def cells(self, n: int, folder: Path) -> torch.Tensor:
         """What the model codes."""
-        original = take_apart(self.fitted.schema, self.source(n, folder), **self.case.read)
+        original = take_apart(self.schema, self.source(n, folder), **self.case.read)
         return original.rows(0, n).x
 
 
@@ -127,7 +135,7 @@ class Coded:
 @torch.no_grad()
 def bound(coded: Coded, folder: Path, seeds: int) -> dict[str, Any]:
     """The model's bound on all rows in bits, and the entropy of their patterns of holes."""
-    model = coded.fitted.model
+    model = coded.model
     x = coded.cells(coded.n, folder)
     totals: list[float] = []
     kind = ""
@@ -157,28 +165,28 @@ def bound(coded: Coded, folder: Path, seeds: int) -> dict[str, Any]:
 
 def compress(coded: Coded, n: int, folder: Path, embed: bytes | None = None, workers: int = 1) -> archive.Sizes:
     """The file's sizes; it is decoded and compared while it is written."""
-    model = coded.fitted.model if embed is None else unpack(embed, models.build)
+    model = coded.model if embed is None else unpack(embed, models.build)
     source = coded.source(n, folder)
     return archive.compress(
-        model, coded.fitted.schema, source, io.BytesIO(), embed=embed, read=coded.case.read, workers=workers
+        model, coded.schema, source, io.BytesIO(), embed=embed, read=coded.case.read, workers=workers
     )
 
 
 def bound_and_file(coded: Coded, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = compress(coded, coded.n, folder, workers=arguments.workers).to_json()
-    space = coded.fitted.schema.space
+    space = coded.schema.space
     smallest = sizes["file"]
     if sizes["plain_rows"]:  # generic compression coded some rows in less; the bound is not of these
         sizes |= {"file": smallest - sizes["plain"] - sizes["coded"], "coded": 0, "initial": 0, "plain": 0}
         x = coded.cells(coded.n, folder)
         for part in x.split(-(-len(x) // max(1, round(sizes["coded_bits"] / 8 / archive.CHUNK)))):
-            payload = encode_rows(coded.fitted.model.codec(), part)
+            payload = encode_rows(coded.model.codec(), part)
             sizes["coded"] += len(payload.data)
             sizes["file"] += len(payload.data)
             sizes["initial"] += payload.initial_bits // 8
     return {
         **bound(coded, folder, arguments.seeds),
-        "name": coded.fitted.model.name(),
+        "name": coded.model.name(),
         "unit": "row" if isinstance(space, Table) else "dim",
         **sizes,
         "smallest": smallest,
@@ -213,7 +221,7 @@ def _others(
     coded: Coded, n: int, folder: Path, arguments: argparse.Namespace
 ) -> Iterator[tuple[str, Callable[[], int]]]:
     """Name of a compressor, and what finds its size."""
-    rivals, space = arguments.rivals, coded.fitted.schema.space
+    rivals, space = arguments.rivals, coded.schema.space
     forms = _table_forms(coded, n, folder) if isinstance(space, Table) else _pixel_forms(coded, n)
     for suffix, form in forms:
         for name, compressed in STREAMS.items():
@@ -233,7 +241,7 @@ def best_other(sizes: dict[str, int]) -> tuple[str, int]:
 
 def _table_forms(coded: Coded, n: int, folder: Path) -> Iterator[tuple[str, bytes]]:
     yield "", coded.text(n)
-    symbols, present = Rows(coded.fitted.schema.space).symbols(coded.cells(n, folder))
+    symbols, present = Rows(coded.schema.space).symbols(coded.cells(n, folder))
     columns = []
     for j in range(symbols.shape[1]):
         column = symbols[:, j] - symbols[:, j].min()
@@ -245,7 +253,7 @@ def _table_forms(coded: Coded, n: int, folder: Path) -> Iterator[tuple[str, byte
 
 def _pixel_forms(coded: Coded, n: int) -> Iterator[tuple[str, bytes]]:
     yield "", _images(coded, n).tobytes()
-    if isinstance(coded.fitted.schema.space, Binary):
+    if isinstance(coded.schema.space, Binary):
         yield "", np.packbits(coded.whole[:n]).tobytes()
 
 
@@ -266,7 +274,7 @@ def _parquet(coded: Coded, n: int, folder: Path) -> int:
     if isinstance(frame, pd.DataFrame):
         frame = frame[:n]
     else:
-        frame = coded.fitted.schema.to_user(coded.cells(n, folder))
+        frame = coded.schema.to_user(coded.cells(n, folder))
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
     whole = [name for name, kind in zip(table.schema.names, table.schema.types) if pa.types.is_integer(kind)]
     options: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "row_group_size": n}
@@ -286,7 +294,7 @@ def _pictures(
     coded: Coded, n: int, folder: Path, arguments: argparse.Namespace
 ) -> Iterator[tuple[str, Callable[[], int]]]:
     images = _images(coded, n)
-    if isinstance(coded.fitted.schema.space, Binary):
+    if isinstance(coded.schema.space, Binary):
         images = images * np.uint8(255)
     webp = {"lossless": True, "quality": 100, "method": 4, "exact": True}
     for name, pictures in (("one file an image", images), ("sheet", list(sheets(images)))):
@@ -334,8 +342,8 @@ def _rival(python: str, folder: Path, kind: str, content: Any, effort: int = 0) 
 
 def embedded(coded: Coded, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Sizes of the first n rows with the model in the file, and the smallest of the others for them."""
-    packed = {width: pack(coded.fitted.model, models.describe, width) for width in (6, 7, 8)}
-    trial = min(coded.n, 1000)
+    packed = {width: pack(coded.model, models.describe, width) for width in (6, 7, 8)}
+    trial = min(coded.n, 1000 if isinstance(coded.schema.space, Table) else 100)
     row_bytes = {w: compress(coded, trial, folder, octets).coded / trial for w, octets in packed.items()}
     of_all = arguments.of_all or others(coded, coded.n, folder, arguments)
     near = {name for name, size in of_all.items() if size <= NEAR * best_other(of_all)[1]}
@@ -529,12 +537,12 @@ def main() -> None:
         "alone": alone,
     }
     for name in arguments.cases:
-        if not (arguments.runs / name / "model.safetensors").exists():
-            print(f"{name}: not fitted")
-            continue
-        coded = Coded(CASES[name], likely.load(arguments.runs / name))
+        coded = Coded(CASES[name], arguments.runs / name)
         for part in arguments.parts:
             if part in ("others", "alone") and data_of(name) != name:
+                continue
+            if part in ("bound", "embedded") and coded.fitted is None:
+                print(f"{name}: not fitted")
                 continue
             arguments.of_all = record["cases"].get(data_of(name), {}).get("others")
             with tempfile.TemporaryDirectory() as folder:
