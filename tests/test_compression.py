@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import signal
 import subprocess
@@ -126,6 +127,24 @@ def test_a_file_outlives_an_option_that_its_model_gets_later(
         assert (archive._fingerprint(model, fitted.schema) == before) == same
 
 
+def test_what_bits_back_borrows_is_a_small_part_of_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a model with many latent dimensions are large; those of one that borrows nothing need not be."""
+    monkeypatch.setattr(archive, "CHUNK", 2000)
+    monkeypatch.setattr(archive, "LEAST_CHUNK", 2000)
+    monkeypatch.setattr(archive, "BORROWED", 100)
+    bits = np.random.default_rng(0).integers(0, 2, (1500, 64), np.uint8)
+    schema = infer_schema(bits)
+    for name, options in (("independent", {}), ("vae", {"latent_dim": 40, "hidden": (4,)})):
+        stream = io.BytesIO()
+        model = models.find(name)(schema.space, **options).eval()
+        sizes = archive.compress(model, schema, bits, stream, workers=1, verify=False)
+        with Archive(stream.getvalue()) as file:
+            stored = [entry.length for entry in file.reader.chunks if entry.kind == "rows"]
+        borrowed = sizes.initial / len(stored)
+        assert min(stored) > 90 * borrowed
+        assert (len(stored) > 4) == (name == "independent") == (borrowed < 10)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_chunks_rows_and_workers(
     fitted: likely.Fitted, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
@@ -133,6 +152,7 @@ def test_chunks_rows_and_workers(
     """Some rows come back without the other chunks; the number of workers changes no byte."""
     monkeypatch.setattr(archive, "CHUNK", 4000)
     monkeypatch.setattr(archive, "LEAST_CHUNK", 4000)
+    monkeypatch.setattr(archive, "BORROWED", 0)
     frame = table(900, 4)
     frame.to_csv(tmp_path / "a.csv", index=False)
     first = tmp_path / "one.lk"

@@ -51,6 +51,8 @@ from likely.exact import Irreproducible
 CODING = "rows-2"
 #: Compressed bytes of a chunk: enough that lanes, initial bits and checksums cost some 0.1 %.
 CHUNK, LEAST_CHUNK = 1_000_000, 500_000
+#: A chunk is at least so many times what bits-back borrows at its start: 0.05 % of it.
+BORROWED = 2000
 #: Bytes of a chunk's cells as they lie in memory; bytes of what is said once of the whole.
 MOST_CHUNK, MOST_SAID = 64 << 20, 64 << 20
 #: Kinds of chunks.
@@ -646,7 +648,7 @@ def _plan(original: Original, job: _Job, workers: int | None) -> tuple[int, int]
         return 1, 1
     size = max(float(n), _estimate_bits(job.codec, original, _TRIAL) / 8)
     cores = usable_cores() if workers is None else workers
-    chunk = max(LEAST_CHUNK, min(CHUNK, size / (2 * cores)))
+    chunk = max(LEAST_CHUNK, min(CHUNK, size / (2 * cores)), BORROWED * _borrowed(job.codec, original))
     count = max(1, round(size / chunk))
     if count > 1 and cores > 1:
         count = -(-count // cores) * cores  # so that all processes end together
@@ -673,6 +675,13 @@ def _estimate_bits(codec: ModelCodec, original: Original, rows: int) -> float:
         codec.push(stack, some.x, some.condition)
         seen += len(some.x)
     return stack.bits * n / max(seen, 1)
+
+
+def _borrowed(codec: ModelCodec, original: Original) -> int:
+    """Bytes that bits-back borrows for the first row."""
+    stack, first = Stack(), original.rows(0, 1, codec.legal)
+    codec.push(stack, first.x, first.condition)
+    return 4 * stack.supplied
 
 
 def _workers(chunks: int, workers: int | None) -> int:
