@@ -25,7 +25,7 @@ RUNS are what ``compression_cases.py`` fitted; no model has seen a row that is c
 4. *Without a run.*  ``likely compress DATA`` for the same rows: small models are fitted to these very rows, and the file
    carries the one that makes it smallest.
 
-Every file is decoded while it is written, and compared with the original.  The record is extended: what is asked for
+The files of 1 and 4 are decoded while they are written, and compared with the original.  The record is extended: what is asked for
 again (``--cases``, ``--parts``) replaces what it says.
 """
 
@@ -164,11 +164,18 @@ def bound(coded: Coded, folder: Path, seeds: int) -> dict[str, Any]:
 
 
 def compress(coded: Coded, n: int, folder: Path, embed: bytes | None = None, workers: int = 1) -> archive.Sizes:
-    """The file's sizes; it is decoded and compared while it is written."""
+    """The file's sizes; without a model in it, it is decoded and compared while it is written."""
     model = coded.model if embed is None else unpack(embed, models.build)
     source = coded.source(n, folder)
     return archive.compress(
-        model, coded.schema, source, io.BytesIO(), embed=embed, read=coded.case.read, workers=workers
+        model,
+        coded.schema,
+        source,
+        io.BytesIO(),
+        embed=embed,
+        verify=embed is None,
+        read=coded.case.read,
+        workers=workers,
     )
 
 
@@ -410,11 +417,14 @@ def table(record: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         + ".",
         "",
-        "No model has seen a row that is coded here.  Every file was decoded and compared.",
+        "No model but that of `likely, no run` has seen a row that is coded here.  Files were decoded and compared, but",
+        "for those of the last table.",
         "",
         *bound_lines({name: case for name, case in cases.items() if "bound" in case}),
         *other_lines(cases),
         *embedded_lines({name: case["embedded"] for name, case in cases.items() if "embedded" in case}),
+        "",
+        *when_lines(cases),
     ]
     return "\n".join(lines) + "\n"
 
@@ -504,6 +514,17 @@ def embedded_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
         )
 
 
+def when_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """When, by which coding and where each part was measured: a record is extended."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, case in cases.items():
+        for part in PARTS:
+            if part in case:
+                found.setdefault(tuple(case.get("when", {}).get(part, ())), []).append(f"{name} ({part})")
+    for when, parts in sorted(found.items(), reverse=True):
+        yield f"* {', '.join(when) or 'Earlier, rows-1'}: {', '.join(parts)}."
+
+
 def data_of(name: str) -> str:
     """The case whose rows a case codes."""
     return name.removeprefix("pixelcnn-")
@@ -522,14 +543,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path of the results, without suffix")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    path = arguments.out.with_suffix(".json")
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": {}}
-    record |= {
-        "command": "python benchmarks/compression.py RUNS --rivals PYTHON --out benchmarks/results/compression",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": {"likely": likely.__version__, **versions(), "zstd": ".".join(map(str, zstandard.ZSTD_VERSION))},
-    }
     work: dict[str, Callable[..., Any]] = {
         "bound": bound_and_file,
         "others": lambda coded, *more: others(coded, coded.n, *more),
@@ -544,13 +557,31 @@ def main() -> None:
             if part in ("bound", "embedded") and coded.fitted is None:
                 print(f"{name}: not fitted")
                 continue
-            arguments.of_all = record["cases"].get(data_of(name), {}).get("others")
+            arguments.of_all = recorded(arguments.out)["cases"].get(data_of(name), {}).get("others")
             with tempfile.TemporaryDirectory() as folder:
-                record["cases"].setdefault(name, {})[part] = found = work[part](coded, Path(folder), arguments)
+                found = work[part](coded, Path(folder), arguments)
             print(name, part, json.dumps(found), flush=True)
-            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            record = recorded(arguments.out)  # as it is now: other parts may be at work elsewhere
+            case = record["cases"].setdefault(name, {})
+            case[part] = found
+            case.setdefault("when", {})[part] = [record["date"], archive.CODING, record["machine"]["processor"]]
+            arguments.out.with_suffix(".json").write_text(
+                json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             arguments.out.with_suffix(".md").write_text(table(record), encoding="utf-8")
-    print(table(record))
+    print(table(recorded(arguments.out)))
+
+
+def recorded(out: Path) -> dict[str, Any]:
+    """The record so far, with the conditions of now."""
+    path = out.with_suffix(".json")
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cases": {}}
+    return record | {
+        "command": "python benchmarks/compression.py RUNS --rivals PYTHON --out benchmarks/results/compression",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": {"likely": likely.__version__, **versions(), "zstd": ".".join(map(str, zstandard.ZSTD_VERSION))},
+    }
 
 
 if __name__ == "__main__":
