@@ -22,7 +22,7 @@ from likely import exact
 from likely.contract import Binary, Column, Counts, Integers, Reals, Space, Table, Tokens
 from likely.distributions import head, likelihoods
 from likely.exact import functions, products
-from likely.exact.activations import CURVES
+from likely.exact.activations import CURVES, Activation
 from likely.exact.attention import exponentials
 from likely.exact.layers import Affine, Chain, Convolution, standardised
 from likely.exact.products import ROUTES, Geometry, Product
@@ -217,6 +217,23 @@ def test_linear_layers_agree_with_pytorch_within_their_rounding(shape: tuple[int
     native = copy.deepcopy(layer).double()(x.double())
     assert y.shape == native.shape
     assert ((y - native).abs() <= _error_bound(layer, x) + 1e-6 * native.abs()).all()
+
+
+@pytest.mark.parametrize("kind", CURVES)
+def test_a_peak_that_the_largest_place_tells_is_the_peak(kind: type[nn.Module]) -> None:
+    rule = Activation(CURVES[kind](kind()), PROFILE)
+    x = torch.randn(300, 40) * torch.logspace(-3, 2, 300).unsqueeze(1)
+    x[::3] = -x[::3].abs()
+    told = []
+    for row in x.split(1):
+        values = row * 256.0 + rule.zero
+        peak = rule.replace_(values, (1,))
+        assert same_bits(values, rule(row))
+        assert peak is None or same_bits(peak, values.abs().amax(1, True))
+        told.append(peak is not None)
+    if kind in (nn.SiLU, nn.GELU):  # which no value below 0 can outdo from there on, up to the end of the table
+        largest = x.amax(1)
+        assert all(told[i] for i in range(300) if 1.0 < largest[i] < 15.0) and not all(told)
 
 
 def test_exact32_is_what_numpy_makes_of_the_rules() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 from likely.coding.cells import CellCodec, Cells, Floats, Integers, Mask, Some, blocks
@@ -44,16 +45,14 @@ class ExactProduct:
         exponent = np.frexp(np.abs(coefficients).max(1, initial=0.0))[1]
         scaled = np.ldexp(coefficients, (bits - exponent)[:, None])
         high = np.rint(scaled)
-        self._high = np.ascontiguousarray(high.T)
-        self._low = np.ascontiguousarray(np.rint((scaled - high) * 2.0**bits).T)
+        low = np.rint((scaled - high) * 2.0**bits)
+        self._both = torch.from_numpy(np.concatenate([low, high]).T)
         self._unit, self._digit = np.ldexp(1.0, exponent - bits), 2.0**-bits
 
     def __call__(self, inputs: Floats) -> Floats:
-        sums = inputs @ self._low
-        sums *= self._digit
-        sums += inputs @ self._high
-        sums *= self._unit
-        return sums
+        # PyTorch's product, which keeps to the number of threads that PyTorch is given
+        low, high = np.split((torch.from_numpy(inputs) @ self._both).numpy(), 2, axis=1)
+        return (low * self._digit + high) * self._unit
 
 
 class DiagonalNormals:

@@ -19,6 +19,8 @@ from likely.exact.profiles import Profile, Rule, check, parts
 
 #: Entries per unit.
 STEPS = 256
+#: Numbers that are looked up together.
+_TOGETHER = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Activation(Rule):
     """An activation function by its table (exact32) or by its float64 function (exact64)."""
 
     table: Tensor
+    peak_at: Tensor
 
     def __init__(self, curve: Curve, profile: Profile) -> None:
         super().__init__()
@@ -106,7 +109,13 @@ class Activation(Rule):
         values[0], values[-1] = (
             line[1] if not line[0] else end for line, end in zip((curve.left, curve.right), values[[0, -1]])
         )
-        self.register_buffer("table", values.float(), persistent=False)
+        table = values.float()
+        self.register_buffer("table", table, persistent=False)
+        # By the largest place: max |value| if that is the value there, else −1.  The last entry is for places beyond.
+        there = (table >= table.cummax(0).values) & (table >= -table.min())
+        peaks = torch.where(there, table, -1.0)
+        beyond = peaks.new_tensor([-1.0]) if self.curve.right[0] else peaks[-1:]
+        self.register_buffer("peak_at", torch.cat([peaks, beyond]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.dtype == self.profile.dtype else x.to(self.profile.dtype)
@@ -117,32 +126,49 @@ class Activation(Rule):
 
     def values(self, x: Tensor, out: Tensor) -> Tensor:
         """Put the values for x into ``out``."""
+        self.values_and_peaks(x, out)
+        return out
+
+    def values_and_peaks(self, x: Tensor, out: Tensor, axes: tuple[int, ...] = ()) -> Tensor | None:
+        """Put the values for x into ``out``; see :meth:`replace_`."""
         check(x)
         if self.by_table:
-            return self.replace_(torch.mul(x, float(STEPS), out=out).add_(self.zero))
-        return self.replace_(out.copy_(x))
+            return self.replace_(torch.mul(x, float(STEPS), out=out).add_(self.zero), axes)
+        return self.replace_(out.copy_(x), axes)
 
     @property
     def by_table(self) -> bool:
         """Whether the values come from the table."""
         return self.profile.dtype == torch.float32
 
-    def replace_(self, x: Tensor) -> Tensor:
-        """Replace numbers by the values; with a table, replace places in it, x · 256 + ``zero``."""
-        return self._look_up_(x) if self.by_table else x.copy_(self.curve.function(x))
+    def replace_(self, x: Tensor, axes: tuple[int, ...] = ()) -> Tensor | None:
+        """Replace numbers by the values; with a table, replace places in it, x · 256 + ``zero``.
 
-    def _look_up_(self, place: Tensor) -> Tensor:
+        Returns:
+            max |value| over ``axes``, if it is known from the largest place alone.
+        """
+        if self.by_table:
+            return self._look_up_(x, axes)
+        x.copy_(self.curve.function(x))
+        return None
+
+    def _look_up_(self, place: Tensor, axes: tuple[int, ...]) -> Tensor | None:
         right, left = self.curve.right[0], self.curve.left[0]
-        beyond = bool((right and place.amax() > self._end) or (left and place.amin() < 0.0))
+        largest = place.amax(axes, True)
+        at = largest.clamp(0.0, self._end + 1.0).to(torch.int32)
+        peak = self.peak_at.index_select(0, at.view(-1)).view(at.shape)
+        known = not left and bool(peak.amin() >= 0.0)
+        beyond = not known and bool((right and largest.amax() > self._end) or (left and place.amin() < 0.0))
         x = (place - self.zero) * (1.0 / STEPS) if beyond else place
         last = place.dim() == 4 and place.is_contiguous(memory_format=torch.channels_last)
         dense = place.permute(0, 2, 3, 1) if last else place
-        index = dense.clamp_(0.0, self._end).to(torch.int32)  # half the memory of int64, hence quicker
-        torch.index_select(self.table, 0, index.view(-1), out=dense.view(-1))
+        for some in dense.view(-1).split(_TOGETHER):
+            index = some.clamp_(0.0, self._end).to(torch.int32)  # half the memory of int64, hence quicker
+            torch.index_select(self.table, 0, index, out=some)
         if beyond:  # the asymptotes that are constant are the ends of the table
             place.copy_(torch.where(x > self.curve.reach, x * right, place) if right else place)
             place.copy_(torch.where(x < -self.curve.reach, x * left, place) if left else place)
-        return place
+        return peak if known and axes else None
 
     def probe_input(self) -> Tensor:
         """Where the probe looks: beyond both ends, and between."""

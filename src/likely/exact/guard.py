@@ -17,7 +17,7 @@ _NAMES = """
     _prelu_kernel relu round rsub sign sub threshold trunc
     eq ge gt isfinite isinf isnan le lt ne logical_and logical_not logical_or logical_xor bitwise_and bitwise_not
     bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__
-    all any equal argmax argmin max max_pool2d_with_indices min sort
+    all any cummax equal argmax argmin max max_pool2d_with_indices min sort
     _local_scalar_dense _reshape_alias _to_copy _unsafe_view alias
     arange as_strided cat channel_shuffle clone constant_pad_nd copy detach embedding empty empty_like empty_strided
     expand eye fill flip full full_like gather im2col index index_put index_select is_same_size lift_fresh

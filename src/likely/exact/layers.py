@@ -40,10 +40,14 @@ def whole_weights(weight: Tensor, profile: Profile, axes: tuple[int, ...]) -> tu
 
 
 def whole_activations(
-    x: Tensor, limit: Tensor, dims: tuple[int, ...], out: Tensor | None = None
+    x: Tensor, limit: Tensor, dims: tuple[int, ...], out: Tensor | None = None, peak: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Activations as whole numbers of at most ``limit``, and their scale over ``dims``: x ≈ whole · scale."""
-    peak = torch.maximum(peaks(x, dims), limit * SMALLEST)
+    """Activations as whole numbers of at most ``limit``, and their scale over ``dims``: x ≈ whole · scale.
+
+    Args:
+        peak: max |x| over ``dims``, if it is known.
+    """
+    peak = torch.maximum(peaks(x, dims) if peak is None else peak, limit * SMALLEST)
     return torch.mul(x, limit / peak, out=out).round_(), peak / limit
 
 
@@ -72,9 +76,9 @@ class Certified(nn.Module):
         """Whether the layer takes what the product of ``other`` gives, as it is."""
         raise NotImplementedError
 
-    def whole(self, x: Tensor, out: Tensor) -> Tensor:
+    def whole(self, x: Tensor, out: Tensor, peak: Tensor | None = None) -> Tensor:
         """Put x into ``out`` as whole numbers up to the limit, and return their scales."""
-        return whole_activations(x, self.limit, self.axes, out)[1]
+        return whole_activations(x, self.limit, self.axes, out, peak)[1]
 
     def probe_input(self) -> Tensor:
         """The whole numbers on which the product is probed, as an input of the layer."""
@@ -144,18 +148,18 @@ class Chain(Rule):
     def forward(self, x: Tensor) -> Tensor:
         first: Certified = self.layers[0]  # type: ignore[assignment]
         entered = first.enter(x)
-        whole, peak = self._begin(entered, first)
+        whole, scale = self._begin(entered, first)
         for i, (layer, activation) in enumerate(self._steps):
             sums = layer.product(whole)
             following = self._steps[i + 1][0] if i + 1 < len(self._steps) else None
+            axes = () if following is None else following.axes
             found = []
             for part in parts(sums):
-                values = layer.real_(sums[part], peak[part], getattr(self, f"scale{i}"), getattr(self, f"bias{i}"))
-                if activation is not None:
-                    activation.replace_(values)
+                values = layer.real_(sums[part], scale[part], getattr(self, f"scale{i}"), getattr(self, f"bias{i}"))
+                peak = None if activation is None else activation.replace_(values, axes)
                 if following is not None:
-                    found.append(following.whole(values, values))
-            whole, peak = sums, _joined(found, peak)
+                    found.append(following.whole(values, values, peak))
+            whole, scale = sums, _joined(found, scale)
         return self._steps[-1][0].leave(whole, x)
 
     def probe_input(self) -> Tensor:
@@ -169,7 +173,8 @@ class Chain(Rule):
         whole, found = torch.empty_like(x), []
         for part in parts(x):
             if isinstance(activation, Activation):
-                found.append(first.whole(activation.values(x[part], whole[part]), whole[part]))
+                peak = activation.values_and_peaks(x[part], whole[part], first.axes)
+                found.append(first.whole(whole[part], whole[part], peak))
             else:
                 found.append(first.whole(x[part], whole[part]))
         return whole, _joined(found, x.new_ones(()))
