@@ -344,9 +344,45 @@ def test_the_spline_s_written_derivative(tails: str, bins: int) -> None:
         second = torch.autograd.grad(sum(s.sin().sum() for s in first), (x, numbers))
         return (*found, *first, *second)
 
-    written, plain = slopes(spline.forward(x, numbers)), slopes(spline._curve(x, numbers))
+    written, plain = slopes(spline.forward(x, numbers)), slopes(spline.plain(x, numbers))
     for got, expected in zip(written, plain):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "elu", "tanh", "gelu", "silu", "softplus"])
+def test_an_autoregressive_step_s_written_derivative(activation: str, residual: bool) -> None:
+    """Against the plain operations, first and second order; the walk back; and the same under autocast."""
+    torch.manual_seed(1)
+    options = {"hidden": (8, 8, 8), "order": [2, 0, 3, 1], "activation": activation, "residual": residual}
+    step = Autoregressive(Affine(), D, context=CONTEXT, **options).double()
+    x = torch.randn(6, D, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(6, CONTEXT, dtype=torch.float64, requires_grad=True)
+    leaves = [x, context, *step.parameters()]
+    with torch.no_grad():
+        for parameter in step.parameters():
+            parameter.add_(0.4 * torch.randn_like(parameter))
+    weights = torch.randn(6, D, dtype=torch.float64)
+
+    def slopes(found: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        value = (weights * found[0]).sum() + found[1].sin().sum()
+        first = torch.autograd.grad(value, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(slope.sin().sum() for slope in first), leaves)
+        return (*found, *first, *second)
+
+    network = step.network
+    plain = step._plain(x, network.shift(context), *network.weights_and_biases())
+    for got, expected in zip(slopes(step(x, context)), slopes(plain), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        z, _ = step(x, context)
+        torch.testing.assert_close(step.inverse(z, context)[0], x.detach(), rtol=0, atol=1e-8)
+    step, x, context = step.float(), x.detach().float(), context.detach().float()
+    expected = step(x, context)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = step(x, context)[0]
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        got.sum().backward()
 
 
 def test_logistics_are_a_mixture() -> None:

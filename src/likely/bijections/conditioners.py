@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from likely.bijections.bijection import Bijection
-from likely.bijections.elementwise import Elementwise
+from likely.bijections.elementwise import Elementwise, Written
+from likely.networks.conditioning import without_autocast
 from likely.networks.linear import Linear
 from likely.networks.masked import MaskedMLP, examples_last
 from likely.networks.mlp import MLP, ResidualMLP, full_precision
+from likely.networks.written import differentiable_backward, serves
 
 #: Factor on the initial weights of the layer that gives the numbers: the map starts near that of zero numbers.
 _START = 0.1
@@ -217,37 +219,85 @@ class Autoregressive(Bijection):
             ``residual``.
     """
 
+    _place: Tensor
+
     def __init__(self, transform: Elementwise, features: int, **options: Any) -> None:
         super().__init__()
         self.transform = transform
         self.network = MaskedMLP(features, transform.numbers, **{"hidden": (64, 64), **options})
+        self.register_buffer("_place", torch.tensor(self.network.order).argsort(), persistent=False)
         start_small(self.network.output)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, log_slope = self._columns(x.flatten(1), context)
-        return z.t().reshape(x.shape), log_slope.sum(0)
+        if torch.is_autocast_enabled(x.device.type):  # the two directions agree in full precision alone
+            with without_autocast(x):
+                return self.forward(full_precision(x), None if context is None else full_precision(context))
+        flat = x if x.dim() == 2 else x.flatten(1)
+        arguments = (flat, self.network.shift(context), *self.network.weights_and_biases())
+        if isinstance(self.transform, Written) and serves(*arguments):
+            z, log_det = _LeanStep.apply(self, *arguments)
+        else:
+            z, log_det = self._plain(*arguments)
+        return z if x.dim() == 2 else z.reshape(x.shape), log_det
 
     def cells(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z, and the log-slope of every cell: of the shape of x."""
-        z, log_slope = self._columns(x.flatten(1), context)
+        z, log_slope = self._columns(x.flatten(1), self.network.shift(context), *self.network.weights_and_biases())
         return z.t().reshape(x.shape), log_slope.t().reshape(x.shape)
 
-    def _columns(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _plain(self, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor) -> tuple[Tensor, Tensor]:
+        """z of shape ``(batch, features)``, and the log-det, in plain operations."""
+        z, log_slope = self._columns(x, shift, *weights_and_biases)
+        return z.t(), log_slope.sum(0)
+
+    def _columns(self, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor) -> tuple[Tensor, Tensor]:
         """z and its log-slopes: ``(features, batch)``."""
         columns = x.t().contiguous()
-        return self.transform.forward(columns, full_precision(self.network.of_columns(columns, context)))
+        return self.transform.forward(columns, self.network.plain(columns, shift, *weights_and_biases))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        columns = z.flatten(1).t().contiguous()
-        walk = self.network.walk(len(z), context)
-        order = self.network.order
-        numbers, found, log_det = next(walk), {}, z.new_zeros(len(z))
-        for place, feature in enumerate(order):
-            x, log_slope = self.transform.inverse(columns[feature], numbers)
-            found[feature], log_det = x, log_det + log_slope
-            if place + 1 < len(order):
+        if torch.is_autocast_enabled(z.device.type):
+            with without_autocast(z):
+                return self.inverse(full_precision(z), None if context is None else full_precision(context))
+        rows = z.flatten(1).t().contiguous().unbind()
+        walk, order, found, log_slopes = self.network.walk(len(z), context), self.network.order, [], []
+        numbers = next(walk)
+        for feature in order:
+            x, log_slope = self.transform.inverse(rows[feature], numbers)
+            found.append(x)
+            log_slopes.append(log_slope)
+            if len(found) < len(order):
                 numbers = walk.send(x)
-        return torch.stack([found[i] for i in range(len(order))], 1).reshape(z.shape), log_det
+        columns = torch.stack(found).index_select(0, self._place)
+        return columns.t().reshape(z.shape), torch.stack(log_slopes).sum(0)
+
+
+class _LeanStep(torch.autograd.Function):
+    """An autoregressive network and its transform as one node of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, step: Autoregressive, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        columns = x.t().contiguous()
+        numbers, of_network = step.network.lean(columns, shift, *weights_and_biases)
+        z, log_slope, of_transform = step.transform.lean(columns, numbers)
+        ctx.step, ctx.ends = step, (2 + len(weights_and_biases), 2 + len(weights_and_biases) + len(of_network))
+        ctx.save_for_backward(x, shift, *weights_and_biases, *of_network, *of_transform)
+        return z.t(), log_slope.sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, of_z: Tensor, of_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        step, (first, second), saved, needed = ctx.step, ctx.ends, ctx.saved_tensors, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for the derivative of the derivative
+            return None, *differentiable_backward(step._plain, saved[:first], needed[1:], of_z, of_log_det)
+        of_columns = of_z.t().contiguous()
+        of_numbers = of_columns.new_empty(step.transform.numbers, *of_columns.shape)
+        of_x = step.transform.lean_backward(saved[second:], of_columns, of_log_det, of_numbers)
+        of_x, of_shift, of_parameters = step.network.lean_backward(
+            saved[first:second], of_numbers, of_x if needed[1] else None
+        )
+        return None, None if of_x is None else of_x.t(), of_shift if needed[2] else None, *of_parameters
 
 
 def start_small(layer: nn.Linear) -> None:

@@ -9,10 +9,14 @@ the numbers last.  Zero numbers give a mild map (mostly the identity), from whic
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from likely.networks.written import differentiable_backward, serves
 
 
 class Elementwise:
@@ -36,7 +40,51 @@ class Elementwise:
         raise NotImplementedError
 
 
-class Affine(Elementwise):
+class Written(Elementwise):
+    """A transform whose derivative is written out, beside its plain operations: fewer passes over memory."""
+
+    def forward(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        return _Lean.apply(self, x, numbers) if serves(x, numbers) else self.plain(x, numbers)
+
+    def plain(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`forward`, in plain operations."""
+        raise NotImplementedError
+
+    def lean(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """:meth:`forward` without a graph, and what :meth:`lean_backward` needs."""
+        raise NotImplementedError
+
+    def lean_backward(
+        self, saved: Sequence[Tensor], of_z: Tensor, of_log_slope: Tensor, of_numbers: Tensor | None
+    ) -> Tensor:
+        """The gradient of x; that of the numbers is written to ``of_numbers``, if it is wanted."""
+        raise NotImplementedError
+
+
+class _Lean(torch.autograd.Function):
+    """A :class:`Written` transform as a node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, transform: Written, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_slope, saved = transform.lean(x, numbers)
+        ctx.transform = transform
+        ctx.save_for_backward(x, numbers, *saved)
+        return z, log_slope
+
+    @staticmethod
+    def backward(ctx: Any, of_z: Tensor, of_log_slope: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        transform: Written = ctx.transform
+        x, numbers, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for the derivative of the derivative
+            of_x, of_numbers = differentiable_backward(
+                transform.plain, (x, numbers), ctx.needs_input_grad[1:], of_z, of_log_slope
+            )
+            return None, of_x, of_numbers
+        of_numbers = torch.empty_like(numbers) if ctx.needs_input_grad[2] else None
+        return None, transform.lean_backward(saved, of_z, of_log_slope, of_numbers), of_numbers
+
+
+class Affine(Written):
     """z = (x − m) e^{−s}: the cell standardised by a mean m and a log-deviation s.
 
     Args:
@@ -54,15 +102,35 @@ class Affine(Elementwise):
             raise ValueError(f"limit: expected a positive number, got {limit}")
         self.limit = limit
 
-    def forward(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def plain(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         mean, raw = numbers
         log_slope = (raw / self.limit).tanh() * -self.limit
         return (x - mean) * log_slope.exp(), log_slope
 
+    def lean(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        mean, raw = numbers
+        bent = (raw / self.limit).tanh_()
+        log_slope = bent * -self.limit
+        slope = log_slope.exp()
+        z = (x - mean).mul_(slope)
+        return z, log_slope, [bent, slope, z]
+
+    def lean_backward(
+        self, saved: Sequence[Tensor], of_z: Tensor, of_log_slope: Tensor, of_numbers: Tensor | None
+    ) -> Tensor:
+        bent, slope, z = saved
+        of_x = of_z * slope
+        if of_numbers is not None:
+            of_mean, of_raw = of_numbers
+            torch.neg(of_x, out=of_mean)
+            of_slope = torch.addcmul(of_log_slope, of_z, z)
+            torch.ops.aten.tanh_backward.grad_input(of_slope, bent, grad_input=of_raw).neg_()
+        return of_x
+
     def inverse(self, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         mean, raw = numbers
         log_slope = (raw / self.limit).tanh() * self.limit
-        return z * log_slope.exp() + mean, log_slope
+        return torch.addcmul(mean, z, log_slope.exp()), log_slope
 
 
 class Additive(Elementwise):

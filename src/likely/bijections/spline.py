@@ -14,13 +14,13 @@ that is not finite: the bins only ever see x held inside the box.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from likely.bijections.elementwise import Elementwise
+from likely.bijections.elementwise import Written
 
 #: Least width and height of a bin as a share of the box, and least slope at a knot.
 LEAST_SIZE, LEAST_SLOPE = 1e-3, 1e-3
@@ -28,7 +28,7 @@ LEAST_SIZE, LEAST_SLOPE = 1e-3, 1e-3
 _UNIT = math.log(math.expm1(1.0 - LEAST_SLOPE))
 
 
-class Spline(Elementwise):
+class Spline(Written):
     """A rational-quadratic spline of K bins inside a box, straight lines outside; zero numbers give the identity.
 
     >>> spline = Spline(bins=4, bounds=(-2.0, 2.0))
@@ -56,8 +56,18 @@ class Spline(Elementwise):
         self._least = LEAST_SIZE * (self.high - self.low)  # of a bin's sizes, in units of x
         self._free = (self.high - self.low) - bins * self._least  # what the softmax shares out
 
-    def forward(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        return _Curve.apply(x, numbers, self) if _plain(x, numbers) else self._curve(x, numbers)
+    def plain(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        inside = x.clamp(self.low, self.high)
+        sizes, knots, edges = self._bins(numbers)
+        at = _place(inside, knots[0])
+        (w, h), (x0, y0), (d0, d1) = self._bin(at, sizes, knots, edges)
+        rise, log_slope = _rational((inside - x0) / w, h / w, h, d0, d1)
+        outside = x != inside
+        if self.tails == "identity":
+            return torch.where(outside, x, y0 + rise), torch.where(outside, 0.0, log_slope)
+        edge = torch.where(x < self.low, d0, d1)
+        z = torch.where(outside, inside + (x - inside) * edge, y0 + rise)
+        return z, torch.where(outside, edge.log(), log_slope)
 
     def inverse(self, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         inside = z.clamp(self.low, self.high)
@@ -78,19 +88,96 @@ class Spline(Elementwise):
         x = torch.where(outside, inside + (z - inside) / edge, x0 + theta * w)
         return x, torch.where(outside, -edge.log(), -log_slope)
 
-    def _curve(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`forward`, in plain operations."""
+    def lean(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        k, least, free = self.bins, self._least, self._free
         inside = x.clamp(self.low, self.high)
-        sizes, knots, edges = self._bins(numbers)
-        at = _place(inside, knots[0])
-        (w, h), (x0, y0), (d0, d1) = self._bin(at, sizes, knots, edges)
-        rise, log_slope = _rational((inside - x0) / w, h / w, h, d0, d1)
-        outside = x != inside
+        shares = torch.softmax(numbers[: 2 * k].unflatten(0, (2, k)), 1)
+        knots = self._lower_ends(shares)
+        passed = knots[0, 1:] <= inside
+        at = passed.sum(0, keepdim=True)
+        pair = at.expand(2, 1, *x.shape)
+        share_of_bin, lower = shares.gather(1, pair).squeeze(1), knots.gather(1, pair).squeeze(1)
+        sizes = share_of_bin * free + least
+        w, h = sizes.unbind()
+        ends = torch.cat([at, at + 1])
+        raw = self._edges(numbers).gather(0, ends).add_(_UNIT)
+        slopes = F.softplus(raw).add_(LEAST_SLOPE)
+        d0, d1 = slopes.unbind()
+        theta, s = (inside - lower[0]).div_(w), h / w
+        rest = 1.0 - theta
+        u, square, rest_square = theta * rest, theta * theta, rest * rest
+        curve = torch.add(d0 + d1, s, alpha=-2.0)
+        below = torch.addcmul(s, curve, u)
+        rise = (d0 * u).addcmul_(s, square).div_(below)  # share of the bin's height
+        above = (d1 * square).addcmul_(d0, rest_square).addcmul_(s, u, value=2.0)
+        slope = (s / below).square_().mul_(above)
+        z, outside = torch.addcmul(lower[1], h, rise), x != inside
         if self.tails == "identity":
-            return torch.where(outside, x, y0 + rise), torch.where(outside, 0.0, log_slope)
-        edge = torch.where(x < self.low, d0, d1)
-        z = torch.where(outside, inside + (x - inside) * edge, y0 + rise)
-        return z, torch.where(outside, edge.log(), log_slope)
+            z, slope = torch.where(outside, x, z), slope.masked_fill_(outside, 1.0)
+        else:
+            edge = torch.where(x < self.low, d0, d1)
+            z = torch.where(outside, (x - inside).mul_(edge).add_(inside), z)
+            slope = torch.where(outside, edge, slope)
+        found = [theta, s, rest, u, square, rest_square, curve, below, rise, above, slope, outside]
+        return z, slope.log(), [x, shares, passed, at, share_of_bin, lower, sizes, ends, raw, slopes, *found]
+
+    def lean_backward(
+        self, saved: Sequence[Tensor], of_z: Tensor, of_log_slope: Tensor, of_numbers: Tensor | None
+    ) -> Tensor:
+        x, shares, passed, at, share_of_bin, lower, sizes, ends, raw, slopes, *found = saved
+        theta, s, rest, u, square, rest_square, curve, below, rise, above, slope, outside = found
+        (w, h), (d0, d1), k = sizes.unbind(), slopes.unbind(), self.bins
+
+        # 1. What lies outside sees the slope at the edge alone
+        of_z = of_z.contiguous()  # a view in another order would slow all that follows
+        of_all_z, of_outer = of_z, None
+        if self.tails == "linear":
+            away = x - x.clamp(self.low, self.high)
+            of_outer = torch.where(outside, of_z * away + of_log_slope / slope, 0.0)
+        of_z, of_log_slope = of_z.masked_fill(outside, 0.0), of_log_slope.masked_fill(outside, 0.0)
+
+        # 2. By θ, s = h / w, and the two slopes, at fixed h
+        turn = rest - theta
+        by_above, by_below, by_rise = of_log_slope / above, of_log_slope / below, (of_z * h).div_(below)
+        bent = (d1 * theta).addcmul_(s, turn).addcmul_(d0, rest, value=-1.0)
+        of_theta = bent.mul_(by_above).addcmul_(by_below * curve, turn, value=-1.0)  # half of it, but for that by z
+        of_x = torch.addcmul(of_theta.mul_(2.0).div_(w), of_all_z, slope)
+        if of_numbers is None:
+            return of_x
+        of_s = (of_log_slope / s).addcmul_(by_above, u).mul_(2.0).addcmul_(by_rise, square)
+        by_below.mul_(2.0)
+        by_both = torch.addcmul(by_below, by_rise, rise)
+        of_s.addcmul_(by_both, square + rest_square, value=-1.0).div_(w)  # 1 − 2u = θ² + (1−θ)²
+        by_both.mul_(u)
+        of_slopes = torch.empty_like(slopes)
+        torch.mul(by_rise, u, out=of_slopes[0]).addcmul_(by_above, rest_square).sub_(by_both)
+        torch.mul(by_above, square, out=of_slopes[1]).sub_(by_both)
+        if of_outer is not None:
+            low = x < self.low
+            of_slopes[0].add_(of_outer.masked_fill(~low, 0.0))
+            of_slopes[1].add_(of_outer.masked_fill(low, 0.0))
+
+        # 3. By the sizes of the cell's bin, and of those before it, which move its lower end; then through the softmax
+        before, own = torch.empty_like(sizes), torch.empty_like(sizes)
+        torch.neg(of_x.masked_fill(outside, 0.0), out=before[0])
+        before[1] = of_z
+        torch.mul(theta, before[0], out=own[0]).addcmul_(s, of_s, value=-1.0)
+        torch.addcmul(of_s, of_z, rise, out=own[1])
+        shared = (
+            (lower - self.low).sub_(at.to(x.dtype), alpha=self._least).mul_(before)
+        )  # out by the softmax before the bin
+        mean = shared.addcmul_(own, share_of_bin, value=self._free)
+        before.sub_(own).mul_(self._free)
+        own.mul_(self._free)
+        reached = x.new_ones(k + 1, *x.shape)  # [bin j is mine or before it]; what comes before mine reaches j + 1
+        reached[1:k] = passed
+        reached[k] = 0.0
+        of_sizes = of_numbers[: 2 * k].unflatten(0, (2, k))
+        torch.mul(reached[:k], own.unsqueeze(1), out=of_sizes)
+        of_sizes.addcmul_(reached[1:], before.unsqueeze(1)).sub_(mean.unsqueeze(1)).mul_(shares)
+        of_edges = x.new_zeros(k + 1, *x.shape).scatter_(0, ends, of_slopes.mul_(raw.sigmoid()))
+        of_numbers[2 * k :] = of_edges if self.tails == "linear" else of_edges[1:-1]
+        return of_x
 
     def _bins(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sizes and lower ends of the bins along x and y, both ``(2, K, …)``, and raw slopes ``(K + 1, …)``."""
@@ -134,120 +221,3 @@ def _rational(theta: Tensor, s: Tensor, h: Tensor, d0: Tensor, d1: Tensor) -> tu
     rise = h * (s * theta * theta + d0 * u) / below
     above = d1 * theta * theta + 2.0 * s * u + d0 * rest * rest
     return rise, (above * (s / below).square()).log()
-
-
-def _plain(x: Tensor, numbers: Tensor) -> bool:
-    """Whether a gradient may be wanted, by reverse mode alone, so that the derivative written by hand serves."""
-    return (
-        torch.is_grad_enabled()
-        and (x.requires_grad or numbers.requires_grad)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-    )
-
-
-class _Curve(torch.autograd.Function):
-    """:meth:`Spline._curve` with its derivative written out: a fraction of the passes over memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, numbers: Tensor, spline: Spline) -> tuple[Tensor, Tensor]:
-        k, least, free = spline.bins, spline._least, spline._free
-        inside = x.clamp(spline.low, spline.high)
-        shares = torch.softmax(numbers[: 2 * k].unflatten(0, (2, k)), 1)
-        knots = spline._lower_ends(shares)
-        passed = knots[0, 1:] <= inside
-        at = passed.sum(0, keepdim=True)
-        pair = at.expand(2, 1, *x.shape)
-        share_of_bin, lower = shares.gather(1, pair).squeeze(1), knots.gather(1, pair).squeeze(1)
-        sizes = share_of_bin * free + least
-        w, h = sizes.unbind()
-        ends = torch.cat([at, at + 1])
-        raw = spline._edges(numbers).gather(0, ends).add_(_UNIT)
-        slopes = F.softplus(raw).add_(LEAST_SLOPE)
-        d0, d1 = slopes.unbind()
-        theta, s = (inside - lower[0]).div_(w), h / w
-        rest = 1.0 - theta
-        u, square, rest_square = theta * rest, theta * theta, rest * rest
-        curve = torch.add(d0 + d1, s, alpha=-2.0)
-        below = torch.addcmul(s, curve, u)
-        rise = (d0 * u).addcmul_(s, square).div_(below)  # share of the bin's height
-        above = (d1 * square).addcmul_(d0, rest_square).addcmul_(s, u, value=2.0)
-        slope = (s / below).square_().mul_(above)
-        z, outside = torch.addcmul(lower[1], h, rise), x != inside
-        if spline.tails == "identity":
-            z, slope = torch.where(outside, x, z), slope.masked_fill_(outside, 1.0)
-        else:
-            edge = torch.where(x < spline.low, d0, d1)
-            z = torch.where(outside, (x - inside).mul_(edge).add_(inside), z)
-            slope = torch.where(outside, edge, slope)
-        ctx.spline = spline
-        found = (theta, s, rest, u, square, rest_square, curve, below, rise, above, slope, outside)
-        ctx.save_for_backward(x, numbers, shares, passed, at, share_of_bin, lower, sizes, ends, raw, slopes, *found)
-        return z, slope.log()
-
-    @staticmethod
-    def backward(ctx: Any, of_z: Tensor, of_log_slope: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, numbers, shares, passed, at, share_of_bin, lower, sizes, ends, raw, slopes, *found = ctx.saved_tensors
-        spline: Spline = ctx.spline
-        if torch.is_grad_enabled():  # somebody wants derivatives of the derivative
-            wanted = [value for value, needed in zip((x, numbers), ctx.needs_input_grad) if needed]
-            grads = iter(
-                torch.autograd.grad(spline._curve(x, numbers), wanted, (of_z, of_log_slope), create_graph=True)
-            )
-            of_x, of_numbers = (next(grads) if needed else None for needed in ctx.needs_input_grad[:2])
-            return of_x, of_numbers, None
-        theta, s, rest, u, square, rest_square, curve, below, rise, above, slope, outside = found
-        (w, h), (d0, d1), k = sizes.unbind(), slopes.unbind(), spline.bins
-
-        # 1. What lies outside sees the slope at the edge alone
-        of_z = of_z.contiguous()  # a view in another order would slow all that follows
-        of_all_z, of_outer = of_z, None
-        if spline.tails == "linear":
-            away = x - x.clamp(spline.low, spline.high)
-            of_outer = torch.where(outside, of_z * away + of_log_slope / slope, 0.0)
-        of_z, of_log_slope = of_z.masked_fill(outside, 0.0), of_log_slope.masked_fill(outside, 0.0)
-
-        # 2. By θ, s = h / w, and the two slopes, at fixed h
-        turn = rest - theta
-        by_above, by_below, by_rise = of_log_slope / above, of_log_slope / below, (of_z * h).div_(below)
-        bent = (d1 * theta).addcmul_(s, turn).addcmul_(d0, rest, value=-1.0)
-        of_theta = bent.mul_(by_above).addcmul_(by_below * curve, turn, value=-1.0)  # half of it, but for that by z
-        of_x = torch.addcmul(of_theta.mul_(2.0).div_(w), of_all_z, slope)
-        if not ctx.needs_input_grad[1]:
-            return of_x, None, None
-        of_s = (of_log_slope / s).addcmul_(by_above, u).mul_(2.0).addcmul_(by_rise, square)
-        by_below.mul_(2.0)
-        by_both = torch.addcmul(by_below, by_rise, rise)
-        of_s.addcmul_(by_both, square + rest_square, value=-1.0).div_(w)  # 1 − 2u = θ² + (1−θ)²
-        by_both.mul_(u)
-        of_slopes = torch.empty_like(slopes)
-        torch.mul(by_rise, u, out=of_slopes[0]).addcmul_(by_above, rest_square).sub_(by_both)
-        torch.mul(by_above, square, out=of_slopes[1]).sub_(by_both)
-        if of_outer is not None:
-            low = x < spline.low
-            of_slopes[0].add_(of_outer.masked_fill(~low, 0.0))
-            of_slopes[1].add_(of_outer.masked_fill(low, 0.0))
-
-        # 3. By the sizes of the cell's bin, and of those before it, which move its lower end; then through the softmax
-        before, own = torch.empty_like(sizes), torch.empty_like(sizes)
-        torch.neg(of_x.masked_fill(outside, 0.0), out=before[0])
-        before[1] = of_z
-        torch.mul(theta, before[0], out=own[0]).addcmul_(s, of_s, value=-1.0)
-        torch.addcmul(of_s, of_z, rise, out=own[1])
-        shared = (
-            (lower - spline.low).sub_(at.to(x.dtype), alpha=spline._least).mul_(before)
-        )  # out by the softmax before the bin
-        mean = shared.addcmul_(own, share_of_bin, value=spline._free)
-        before.sub_(own).mul_(spline._free)
-        own.mul_(spline._free)
-        reached = x.new_ones(k + 1, *x.shape)  # [bin j is mine or before it]; what comes before mine reaches j + 1
-        reached[1:k] = passed
-        reached[k] = 0.0
-        of_numbers = torch.empty_like(numbers)
-        of_sizes = of_numbers[: 2 * k].unflatten(0, (2, k))
-        torch.mul(reached[:k], own.unsqueeze(1), out=of_sizes)
-        of_sizes.addcmul_(reached[1:], before.unsqueeze(1)).sub_(mean.unsqueeze(1)).mul_(shares)
-        of_edges = x.new_zeros(k + 1, *x.shape).scatter_(0, ends, of_slopes.mul_(raw.sigmoid()))
-        of_numbers[2 * k :] = of_edges if spline.tails == "linear" else of_edges[1:-1]
-        return of_x, of_numbers, None

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from likely.networks.linear import is_plain
-from likely.networks.normconv import differentiable_backward, in_forward_mode
+from likely.networks.written import differentiable_backward, in_forward_mode
 
 #: Numbers of a hidden map that are made at a time, 2 MiB, and the fewest examples: with fewer than 16, PyTorch may take
 #: a small convolution away from oneDNN.

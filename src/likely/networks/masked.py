@@ -9,14 +9,25 @@ other is a slice of every layer: drawing all features costs as much arithmetic a
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_left, bisect_right
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from likely.networks.linear import Linear, affine, affine_columns
+from likely.networks.linear import Linear, affine, affine_columns, product
 from likely.networks.mlp import make_activation
+
+_aten = torch.ops.aten
+#: Activations, in place where they may be, and their derivatives: ``(gradient, argument, value) -> gradient``.
+_ACTIVATIONS: dict[type[nn.Module], tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    nn.ReLU: (torch.relu_, lambda g, u, y: _aten.threshold_backward.default(g, y, 0)),
+    nn.ELU: (_aten.elu_.default, lambda g, u, y: _aten.elu_backward.default(g, 1.0, 1.0, 1.0, True, y)),
+    nn.Tanh: (torch.tanh_, lambda g, u, y: _aten.tanh_backward.default(g, y)),
+    nn.GELU: (_aten.gelu.default, lambda g, u, y: _aten.gelu_backward.default(g, u)),
+    nn.SiLU: (_aten.silu.default, lambda g, u, y: _aten.silu_backward.default(g, u)),
+    nn.Softplus: (_aten.softplus.default, lambda g, u, y: _aten.softplus_backward.default(g, u, 1.0, 20.0)),
+}
 
 
 class MaskedLinear(Linear):
@@ -49,10 +60,6 @@ class MaskedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return affine(x, self.masked_weight(), self.bias)
-
-    def of_columns(self, x: Tensor) -> Tensor:
-        """:meth:`forward` of examples that stand as columns, shape ``(in, examples)``."""
-        return affine_columns(x, self.masked_weight(), self.bias)
 
 
 class MaskedMLP(nn.Module):
@@ -101,6 +108,8 @@ class MaskedMLP(nn.Module):
         # Units of degree 0 see the context alone; without one they would be constants.
         lowest = 0 if context or features == 1 else 1
         self.degrees = [_degrees(lowest, features - 1, width) for width in hidden]
+        #: of each hidden layer, the units that see a place of the order and none after it
+        self._counts = [[degrees.count(p) for p in range(features)] for degrees in self.degrees]
         steps = [[p + 1 for p in place], *self.degrees]
         self.layers = nn.ModuleList([MaskedLinear(a, b) for a, b in itertools.pairwise(steps)])
         self.context = Linear(context, hidden[0], bias=False) if context else None
@@ -109,53 +118,135 @@ class MaskedMLP(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Numbers for every feature: shape ``(out_per_feature, batch, features)``, in memory the examples last."""
-        return self.of_columns(x.t(), context).transpose(1, 2)
+        return self.plain(x.t(), self.shift(context), *self.weights_and_biases()).transpose(1, 2)
 
-    def of_columns(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """:meth:`forward` of examples that stand as columns, ``(features, batch)``: ``(numbers, features, batch)``."""
-        first, *others = self.layers
-        h = first.of_columns(x)  # type: ignore[operator]
-        if self.context is not None:
-            assert context is not None
-            h = h + self.context(context).t()
-        h = self.activation(h)
-        for layer in others:
-            new = self.activation(layer.of_columns(h))  # type: ignore[operator]
-            h = h + new if self.residual else new
-        return self.output.of_columns(h).view(self.out_per_feature, self.features, -1)
+    def shift(self, context: Tensor | None) -> Tensor | None:
+        """C c as columns, ``(width, batch)``."""
+        if self.context is None:
+            return None
+        assert context is not None
+        return self.context(context).t()
+
+    def weights_and_biases(self) -> list[Tensor]:
+        """Of every layer, and of the output."""
+        return [parameter for layer in self._every_layer() for parameter in (layer.weight, layer.bias)]
+
+    def plain(self, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor) -> Tensor:
+        """Numbers for examples that stand as columns, ``(features, batch)``: ``(out_per_feature, features, batch)``."""
+        h, new = x, x
+        for i, layer in enumerate(self._every_layer()):
+            weight, bias = weights_and_biases[2 * i : 2 * i + 2]
+            new = affine_columns(h, weight * layer.mask, bias)
+            if i < len(self.layers):
+                new = self.activation(new if i or shift is None else new + shift)
+                h = h + new if self.residual and i else new
+        return new.view(self.out_per_feature, self.features, -1)
+
+    def lean(self, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`plain` without a graph, and what :meth:`lean_backward` needs."""
+        activate, _ = _ACTIVATIONS[type(self.activation)]
+        weights = torch._foreach_mul(weights_and_biases[::2], [layer.mask for layer in self._every_layer()])
+        h, arguments, values, entering = x, [], [], [x]
+        for i, (weight, bias) in enumerate(zip(weights, weights_and_biases[1::2])):
+            u = affine_columns(h, weight, bias)
+            if i == len(self.layers):
+                break
+            if not i and shift is not None:
+                u += shift
+            arguments.append(u)
+            values.append(activate(u))
+            h = h + values[-1] if self.residual and i else values[-1]
+            entering.append(h)
+        return u.view(self.out_per_feature, self.features, -1), [*weights, *entering, *arguments, *values]
+
+    def lean_backward(
+        self, saved: Sequence[Tensor], of_numbers: Tensor, of_x: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+        """Gradients of x, added to ``of_x`` and left out without one, of the shift, and of the weights and biases."""
+        _, differentiate = _ACTIVATIONS[type(self.activation)]
+        depth = len(self.layers)
+        weights, entering = saved[: depth + 1], saved[depth + 1 : 2 * depth + 2]
+        arguments, values = saved[2 * depth + 2 : 3 * depth + 2], saved[3 * depth + 2 :]
+        of_u, of_h = of_numbers.flatten(0, 1), None  # of what leaves a layer and what enters it
+        of_weights, of_biases = [], []
+        for i in range(depth, -1, -1):
+            if of_h is not None:
+                of_u = differentiate(of_h, arguments[i], values[i])
+            of_biases.append(of_u.sum(1))
+            of_weights.append(product(of_u, entering[i].t()))
+            if i:
+                of_h = product(weights[i].t(), of_u, of_h if self.residual else None)
+        if of_x is not None:
+            of_x = product(weights[0].t(), of_u, of_x)
+        torch._foreach_mul_(of_weights, [layer.mask for layer in self._every_layer()][::-1])
+        return of_x, of_u, [*itertools.chain(*zip(of_weights[::-1], of_biases[::-1]))]
+
+    def _every_layer(self) -> list[MaskedLinear]:
+        return [*self.layers, self.output]  # type: ignore[list-item]
 
     def walk(self, n: int, context: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
         """Numbers for the features in their order, ``(out_per_feature, n)`` each; no unit is computed twice.
 
         The value of the feature, shape ``(n,)``, is sent before the numbers for the next one are given.
         """
-        weights = [layer.masked_weight() for layer in self.layers]  # type: ignore[operator]
+        return (self._plain_walk if torch.is_grad_enabled() else self._lean_walk)(n, context)
+
+    def _plain_walk(self, n: int, context: Tensor | None) -> Generator[Tensor, Tensor, None]:
+        """The walk in plain operations: what is known grows by rows, units × examples."""
+        weights = [layer.masked_weight() for layer in self._every_layer()]
         weights[0] = weights[0][:, self.order]  # the inputs in the order of their arrival
-        biases = [layer.bias.unsqueeze(1) for layer in self.layers]  # type: ignore[operator, union-attr]
-        shift = self.context(context).t() if self.context is not None else None
-        output = self.output.masked_weight().unflatten(0, (self.out_per_feature, self.features))
-        output_bias = self.output.bias.unflatten(0, (self.out_per_feature, self.features))
-        rows = [_Rows(self.features, n, output)] + [_Rows(len(w), n, output) for w in weights]  # units × examples
+        units, of_features, biases, shift = self._blocks(weights, context)
+        known = [weights[0].new_empty(0, n) for _ in weights]  # what enters each layer
         for place, feature in enumerate(self.order):
-            for i, degrees in enumerate(self.degrees):
-                start, stop = bisect_left(degrees, place), bisect_right(degrees, place)
-                if start == stop:
-                    continue
-                new = biases[i][start:stop]
-                below = rows[i].known
-                if len(below):
-                    new = torch.addmm(new, weights[i][start:stop, : len(below)], below)
+            for i, (weight, bias) in enumerate(zip(units, biases)):
+                below = known[i]
+                new = torch.addmm(bias[place], weight[place][:, : len(below)], below)
                 if i == 0 and shift is not None:
-                    new = new + shift[start:stop]
+                    new = new + shift[place]
                 new = self.activation(new)
                 if self.residual and i:
-                    new = new + below[start:stop]
-                rows[i + 1].append(new.expand(-1, n))
-            known = rows[-1].known
-            numbers = output_bias[:, feature].unsqueeze(1)
-            if len(known):
-                numbers = torch.addmm(numbers, output[:, feature, : len(known)], known)
-            rows[0].append((yield numbers.expand(-1, n)).unsqueeze(0))
+                    new = new + below[len(known[i + 1]) :][: len(new)]
+                known[i + 1] = torch.cat([known[i + 1], new])
+            weight, bias = of_features[feature]
+            value = yield torch.addmm(bias, weight[:, : len(known[-1])], known[-1])
+            known[0] = torch.cat([known[0], value.unsqueeze(0)])
+
+    def _lean_walk(self, n: int, context: Tensor | None) -> Generator[Tensor, Tensor, None]:
+        """The walk without a graph, in few calls: what is not known yet is 0, and nothing sees it."""
+        activate, _ = _ACTIVATIONS[type(self.activation)]
+        weights = [layer.masked_weight() for layer in self._every_layer()]
+        weights[0] = weights[0][:, self.order]
+        units, of_features, biases, shift = self._blocks(weights, context)
+        entering = [weight.new_zeros(weight.shape[1], n) for weight in weights]
+        rows = [h.split(counts) for h, counts in zip(entering, ([1] * self.features, *self._counts))]
+        for place, feature in enumerate(self.order):
+            for i, (weight, bias) in enumerate(zip(units, biases)):
+                if not self._counts[i][place]:
+                    continue
+                new = torch.addmm(bias[place], weight[place], entering[i], out=rows[i + 1][place])
+                if i == 0 and shift is not None:
+                    new += shift[place]
+                value = activate(new)
+                if value is not new:
+                    new.copy_(value)
+                if self.residual and i:
+                    new += rows[i][place]
+            weight, bias = of_features[feature]
+            rows[0][place].copy_((yield torch.addmm(bias, weight, entering[-1])))
+
+    def _blocks(self, weights: Sequence[Tensor], context: Tensor | None) -> tuple[Any, Any, Any, Any]:
+        """What becomes known at each place of the order: units' weights and biases, outputs' by feature, and shifts.
+
+        Each as rows; those of a place are empty where no unit has its degree.
+        """
+        layers, shift = self._every_layer(), self.shift(context)
+        units = [weight.split(counts) for weight, counts in zip(weights, self._counts)]
+        biases = [layer.bias.unsqueeze(1).split(counts) for layer, counts in zip(layers, self._counts)]
+        shape = (self.out_per_feature, self.features)
+        of_features = list(
+            zip(weights[-1].unflatten(0, shape).unbind(1), layers[-1].bias.view(*shape, 1).unbind(1), strict=True)
+        )
+        return units, of_features, biases, None if shift is None else shift.split(self._counts[0])
 
 
 def examples_last(h: Tensor, weight: Tensor, bias: Tensor, numbers: int) -> Tensor:
@@ -164,22 +255,6 @@ def examples_last(h: Tensor, weight: Tensor, bias: Tensor, numbers: int) -> Tens
     What is done to one number of all cells, or to all examples of one cell, then runs along contiguous memory.
     """
     return affine_columns(h.t(), weight, bias).unflatten(0, (numbers, -1)).transpose(1, 2)
-
-
-class _Rows:
-    """A matrix that grows by rows: in place where no gradient is wanted."""
-
-    def __init__(self, rows: int, columns: int, like: Tensor) -> None:
-        self._space = None if torch.is_grad_enabled() else like.new_empty(rows, columns)
-        self.known = like.new_empty(0, columns)
-
-    def append(self, new: Tensor) -> None:
-        if self._space is None:
-            self.known = torch.cat([self.known, new])
-        else:
-            start, stop = len(self.known), len(self.known) + len(new)
-            self._space[start:stop] = new
-            self.known = self._space[:stop]
 
 
 def _degrees(lowest: int, highest: int, width: int) -> list[int]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from likely.networks import winograd
 from likely.networks.linear import is_plain
+from likely.networks.written import differentiable_backward, in_forward_mode
 
 EPSILON = 1e-5
 #: Numbers in one example's map from which the lean implementation pays for its calls; the batch has no say, so that an
@@ -218,20 +218,6 @@ class _Lean(torch.autograd.Function):
             of_bias,
             None,
         )
-
-
-def differentiable_backward(
-    function: Callable[..., Tensor], arguments: Sequence[Tensor | None], needed: Sequence[bool], gradient: Tensor
-) -> list[Tensor | None]:
-    """Gradients with respect to the arguments that need one, by the plain form of a lean function: differentiable."""
-    wanted = [part for part, is_needed in zip(arguments, needed) if part is not None and is_needed]
-    found = iter(torch.autograd.grad(function(*arguments), wanted, gradient, create_graph=True))
-    return [next(found) if is_needed else None for _, is_needed in zip(arguments, needed)]
-
-
-def in_forward_mode() -> bool:
-    """Whether derivatives are taken in forward mode, for which the lean forms have no rules."""
-    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _slices(widths: list[int]) -> list[slice]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from likely.networks.conditioning import FineFeatures, LevelEmbedding, without_autocast, zero
 from likely.networks.linear import Linear, affine, is_plain
 from likely.networks.mlp import full_precision
-from likely.networks.normconv import NormConv, divisor, group_norm, in_forward_mode
+from likely.networks.normconv import NormConv, divisor, group_norm
+from likely.networks.written import in_forward_mode
 
 
 class UNet(nn.Module):
