@@ -109,7 +109,8 @@ class Flow(Model):
         """
         z, log_det = self.bijection(self._standard(x, noise_or_global(noise, x)), self._context(x, condition))
         # 1. the base law, 2. the volume
-        parts = {"base": self._log_base(z).sum(1), "log_det": log_det + self._log_units().sum().to(log_det)}
+        base = -0.5 * ((z * z).sum(1) + self.dims * math.log(2.0 * math.pi))
+        parts = {"base": base, "log_det": log_det + self._log_units().sum().to(log_det)}
         if self.codes is not None:
             # 3. the coded columns
             parts["codes"] = self.codes.bound(x[:, self._coded], condition).nats
@@ -130,7 +131,7 @@ class Flow(Model):
         for step in self.bijection:  # type: ignore[attr-defined]
             z, log_slope = step.cells(z, context)
             log_slopes = log_slopes + log_slope
-        numbers = self._log_base(z) + log_slopes + self._log_units().to(z)
+        numbers = -0.5 * (z * z + math.log(2.0 * math.pi)) + log_slopes + self._log_units().to(z)
         if self.codes is None:
             return numbers.reshape(x.shape)
         nats = numbers.new_empty(x.shape)
@@ -231,12 +232,10 @@ class Flow(Model):
             x[:, self._coded] = codes.to(x)
         return x
 
-    def _log_base(self, z: Tensor) -> Tensor:
-        return -0.5 * (z.square() + math.log(2.0 * math.pi))
-
     def _log_units(self) -> Tensor:
         """What each numeric cell's units contribute: log s on a grid, and −log σ."""
-        return torch.where(self.spacing > 0, self.spacing, 1.0).log() - self.unit.log()
+        units = self.unit if self.kind == "exact" else self.unit / torch.where(self.spacing > 0, self.spacing, 1.0)
+        return -units.log()
 
     def _context(self, x: Tensor, condition: Tensor | None) -> Tensor | None:
         return self._context_of(x[:, self._coded] if self._coded else None, condition)

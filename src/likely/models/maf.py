@@ -2,9 +2,11 @@
 
     z_j = (y_j − m_j(y_<j)) e^{−s_j(y_<j)}                                                             (their eqs. 3–5)
 
-T such maps, each in the order opposite to that of the one before it.  Densities take one evaluation of each network;
-samples go cell by cell, and compute every unit once.  With ``components`` the distribution function of a mixture of
-logistics (Ho et al. 2019, arXiv 1902.00275) takes the place of the affine map: a conditional may have several modes.
+T such maps, each in the order opposite to that of the one before it.  The paper's normalisation between them is left
+out: a map has a shift and a scale of its own, and held-out rows were no less likely.  Densities take one evaluation of
+each network; samples go cell by cell, and compute every unit once.  With ``components`` the distribution function of a
+mixture of logistics (Ho et al. 2019, arXiv 1902.00275) takes the place of the affine map: a conditional may have
+several modes.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from likely.bijections import ActNorm, Affine, Arcsinh, Autoregressive, Bijection, Chain, Logistics, Unconditional
+from likely.bijections import Affine, Arcsinh, Autoregressive, Bijection, Chain, Logistics, Unconditional
 from likely.contract import Model, Space
 from likely.models._flow import Flow, check_flow_options
 
@@ -69,6 +71,4 @@ class MAF(Flow, Model):
                     residual=residual,
                 )
             )
-            if t + 1 < transforms:
-                steps.append(ActNorm(self.dims))
         self.bijection = Chain(*steps)
