@@ -165,8 +165,14 @@ def miss_forest(frame: pd.DataFrame, trees: int = 100, rounds: int = 10, seed: i
 
 
 def likely_made(frame: pd.DataFrame, seed: int, options: dict[str, Any]) -> pd.DataFrame:
-    """Fill by conditionals of an order-agnostic model; numbers by conditional means, as the others do."""
-    fitted = likely.fit(frame, "made", seed=seed, progress=False, **options)
+    """Fill by conditionals of an order-agnostic model; numbers by conditional means, as the others do.
+
+    A number of two values, which a schema takes for a category, is told to be a number, as the others take it.
+    """
+    coded = [c.name for c in likely.data.infer_schema(frame).space.columns if c.coded]  # type: ignore[attr-defined]
+    numbers = [c for c in coded if pd.api.types.is_numeric_dtype(frame[c])]
+    schema = {"columns": {c: {"kind": "integer"} for c in numbers}} if numbers else None
+    fitted = likely.fit(frame, "made", schema=schema, seed=seed, progress=False, **options)
     out, model = fitted.impute(frame), fitted.model
     means = model.impute(fitted.schema.read(frame).x, on_grid=False)  # type: ignore[operator]
     for j, column in enumerate(model.space.columns):  # type: ignore[attr-defined]
