@@ -28,6 +28,9 @@ from typing import Any
 from turns import Turns, machine, play, playing, versions
 
 INTERVAL = 10
+#: Elements of a tensor that every optimiser's process makes and frees first, as a training step does its activations:
+#: from then on the C library keeps freed memory, instead of giving it back to the system after every operation.
+TAKEN_AND_FREED = 1 << 22
 PYTORCH_OPTIMIZER = "4.1.0"
 
 
@@ -134,6 +137,7 @@ def take_part(optimizer: str, network: str, rounds: int, threads: int) -> None:
     gradients = [[0.01 * torch.randn(p.shape, generator=generator) for p in parameters] for _ in range(3)]
     made = OPTIMIZERS[optimizer][0](parameters)
     repeats = 1 if any(word in optimizer for word in ("Muon", "SOAP", "Shampoo")) else 5  # the others are quick
+    torch.ones(TAKEN_AND_FREED).sum()
     turns.ready()
     for number in range(rounds):
         turns.wait()
@@ -147,19 +151,24 @@ def take_part(optimizer: str, network: str, rounds: int, threads: int) -> None:
             wall.append(time.perf_counter() - start[1])
         turns.done(steps_cpu=cpu, steps_wall=wall)
     several = made.optimizers if isinstance(made, Several) else [made]
-    held = sum(_bytes(state, {id(p) for p in parameters}) for each in several for state in each.state.values())
+    seen = {id(p) for p in parameters}
+    held = sum(_bytes(state, seen) for each in several for state in each.state.values())
     turns.end(state_bytes=held, weights=sum(p.numel() for p in parameters))
 
 
 def _bytes(value: Any, seen: set[int]) -> int:
-    """Memory of all tensors in a state: in containers, and in the objects that some rivals keep there."""
+    """Memory of all tensors in a state, each once: in containers, and in the objects that some rivals keep there."""
     import torch
 
     if id(value) in seen:
         return 0
     seen.add(id(value))
     if isinstance(value, torch.Tensor):
-        return value.untyped_storage().nbytes() if value.dim() else 0
+        storage = value.untyped_storage()
+        if not value.dim() or storage.data_ptr() in seen:
+            return 0
+        seen.add(storage.data_ptr())
+        return storage.nbytes()
     if isinstance(value, dict):
         return sum(_bytes(item, seen) for item in value.values())
     if isinstance(value, list | tuple):

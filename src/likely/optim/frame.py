@@ -290,10 +290,10 @@ class UpdateRule(Optimizer):
 
     def _advance(self, bucket: Bucket, group: dict[str, Any]) -> None:
         dtype = precision_of(bucket.parameters[0].dtype)
-        bucket.gradients = [gradient.to(dtype) for gradient in bucket.gradients]
+        bucket.gradients = [g if g.dtype == dtype else g.to(dtype) for g in bucket.gradients]
         if group["maximize"]:
             bucket.gradients = list(torch._foreach_neg(bucket.gradients))
-        values = [parameter.to(dtype) for parameter in bucket.parameters]
+        values = [p if p.dtype == dtype else p.to(dtype) for p in bucket.parameters]
         rate, weight_decay = group["lr"], group["weight_decay"]
         if not group["capturable"] and not torch.compiler.is_compiling():
             rate = float(rate)
@@ -371,12 +371,12 @@ class UpdateRule(Optimizer):
                 if old not in parted:
                     parted[old] = {name: state[name].clone() for name in self.clock}
                 state.update(parted[old])
-            names = tuple(name for name in state if name not in self.clock)
-            key = (id(state["step"]), handle.device, handle.dtype, names, number if gradient.is_sparse else None)
+            key = (id(state["step"]), handle.device, handle.dtype, *state, number if gradient.is_sparse else None)
             bucket = buckets.get(key)
             if bucket is None:
                 clock = {name: state[name] for name in self.clock}
-                bucket = buckets[key] = Bucket([], [], [], {name: [] for name in names}, clock, [])
+                bucket = Bucket([], [], [], {name: [] for name in state if name not in self.clock}, clock, [])
+                buckets[key] = bucket
             bucket.handles.append(handle)
             bucket.parameters.append(local(handle))
             bucket.gradients.append(aligned(gradient, handle))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from likely.processor import LARGE, ONEDNN
+from likely.processor import LARGE, ONEDNN, TILES
 
 # --------------------------------------------------------------------------------------------------------------
 # Products
@@ -64,43 +64,65 @@ def _dense(x: Tensor) -> Tensor:
 
 def gram(x: Tensor) -> Tensor:
     """x xᵀ, of shape ``(batch, m, m)`` for ``(batch, m, n)``; large ones from one triangle."""
-    rows, columns = x.shape[1:]
-    if _worth_a_triangle(rows, columns) and _by_onednn(x, x.mT):
+    if _worth_a_triangle(x) and _by_onednn(x, x.mT):
         x = x.contiguous()  # so that its strips are dense
-    return _symmetric(x, columns, lambda low, high: product(x[:, low:high], x[:, :high].mT))
+    return _symmetric(x, lambda low, high: product(x[:, low:high], x[:, :high].mT))
+
+
+def accumulate_gram(total: Tensor, x: Tensor, beta: float, alpha: float) -> None:
+    """total ← β total + α x xᵀ, for shapes ``(batch, m, m)`` and ``(batch, m, n)``."""
+    if _worth_a_triangle(x) or _by_onednn(x, x.mT):
+        total.mul_(beta).add_(gram(x), alpha=alpha)
+    else:
+        total.baddbmm_(x, x.mT, beta=beta, alpha=alpha)
 
 
 def commuting_product_plus(a: Tensor, b: Tensor, c: Tensor, alpha: float, beta: float) -> Tensor:
     """α a b + β c, for symmetric matrices ``(batch, m, m)`` of which a and b commute; large ones from one triangle."""
     return _symmetric(
-        a,
-        a.shape[1],
-        lambda low, high: product_plus(a[:, low:high], b[:, :high].mT, c[:, low:high, :high], alpha, beta),
+        a, lambda low, high: product_plus(a[:, low:high], b[:, :high].mT, c[:, low:high, :high], alpha, beta)
     )
 
 
-def _worth_a_triangle(rows: int, length: int) -> bool:
-    return rows * rows * length >= WORTH_A_TRIANGLE
+def _worth_a_triangle(x: Tensor) -> bool:
+    """Whether a symmetric product that sums over the columns of x is computed from one triangle.
+
+    Tiles multiply bfloat16 in less time than it takes to put the other triangle in its place.
+    """
+    rows, columns = x.shape[1:]
+    by_tiles = TILES and x.dtype == torch.bfloat16
+    return x.device.type == "cpu" and not by_tiles and rows * rows * columns >= WORTH_A_TRIANGLE
 
 
-def _symmetric(like: Tensor, length: int, strip: Callable[[int, int], Tensor]) -> Tensor:
+def _symmetric(x: Tensor, strip: Callable[[int, int], Tensor]) -> Tensor:
     """The symmetric matrices of which ``strip(low, high)`` gives the rows ``low:high`` up to column ``high``.
 
     Args:
-        like: as many matrices, with as many rows.
-        length: number of terms that are summed for an element.
+        x: the left factor.
     """
-    batch, m = like.shape[:2]
-    if not _worth_a_triangle(m, length):
+    batch, m = x.shape[:2]
+    if not _worth_a_triangle(x):
         return strip(0, m)
-    out = like.new_empty(batch, m, m)
+    out = x.new_empty(batch, m, m)
     strips = max(2, round(m / STRIP))
     edges = [m * i // strips for i in range(strips + 1)]
     for low, high in itertools.pairwise(edges):
         rows = strip(low, high)
         out[:, low:high, :high] = rows
-        out[:, :low, low:high] = rows[:, :, :low].mT
+        out[:, :low, low:high] = transposed(rows)[:, :low]
     return out
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The transposes of ``(batch, m, n)``, contiguous; of a single large matrix PyTorch makes it block by block."""
+    return x[0].T.contiguous()[None] if len(x) == 1 else x.mT.contiguous()
+
+
+def multiplied(x: Tensor, factors: Tensor) -> Tensor:
+    """Every matrix of ``(batch, m, n)`` times a number of its own, ``(batch, 1, 1)`` in higher precision than x."""
+    if len(x) == 1 and x.device.type == "cpu":  # multiplies element by element in the number's precision
+        return x * factors.reshape(())
+    return (x * factors).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -232,7 +254,7 @@ def _eigh(p: Tensor) -> tuple[Tensor, Tensor]:
         return torch.full_like(p[:, 0], math.nan), torch.full_like(p, math.nan)
     try:
         values, vectors = torch.linalg.eigh(p / scale)
-        fine = bool(vectors.isfinite().all())
+        fine = bool(vectors.sum().isfinite())
     except torch.linalg.LinAlgError:
         fine = False
     if not fine:
@@ -301,8 +323,8 @@ def coefficients(method: Method, iterations: int, floor: float) -> tuple[tuple[f
 def orthogonalized(x: Tensor, method: Method, iterations: int, floor: float, eps: float) -> Tensor:
     """U Vᵀ or nearly so for x = U Σ Vᵀ, of shape ``(batch, m, n)``, in the precision of x.
 
-    All but ``svd`` apply odd polynomials to the singular values σ, by products on the smaller side:
-    x ← a x + (b A + c A²) x with A = x xᵀ, or from the right with A = xᵀ x.  They want σ of at most 1.
+    All but ``svd`` apply odd polynomials to the singular values σ, by products on the smaller side, which is made the
+    first: x ← a x + (b A + c A²) x with A = x xᵀ.  They want σ of at most 1.
     ``newton-schulz`` divides x by its Frobenius norm |x|, as its authors do.  ``polar-express`` divides by |A²|^¼ =
     (Σ σ⁸)^⅛, which is much nearer to the largest σ (for a square Gaussian matrix of 400 rows it is 1.5 times that, |x|
     10 times; of 2,500 rows 1.8 and 25 times) and costs nothing, A² being needed in any case.  For matrices with sides
@@ -317,30 +339,34 @@ def orthogonalized(x: Tensor, method: Method, iterations: int, floor: float, eps
     if method == "svd":
         u, _, vt = torch.linalg.svd(x, full_matrices=False)
         return product(u, vt)
-    short, long = sorted(x.shape[1:])
-    tall = x.shape[1] > x.shape[2]
+    short, long = x.shape[1:]
+    if short > long:
+        return transposed(orthogonalized(transposed(x), method, iterations, floor, eps))
     if method == "newton-schulz":
         x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(eps)
-    polynomials = list(coefficients(method, iterations, floor))
-    while polynomials:
-        a, b, c = polynomials.pop(0)
-        square = gram(x.mT if tall else x)
-        if method == "polar-express" and len(polynomials) == iterations - 1:
-            tiny = torch.finfo(torch.float32).tiny
-            square, size = _divided_by(square, torch.linalg.matrix_norm(square, keepdim=True).clamp_min(tiny))
-            fourth = commuting_product_plus(square, square, square, alpha=1.0, beta=0.0)
-            norm = (size * torch.linalg.matrix_norm(fourth, keepdim=True).to(size.dtype).sqrt()).sqrt()
-            x, norm = _divided_by(x, norm.clamp_min(eps))
-            ratio = size / norm**2  # of A to what A was divided by
-            quintic = (square * (b * ratio) + fourth * (c * ratio**2)).to(x.dtype)
-            square = (square * ratio).to(x.dtype)
+    polynomials = coefficients(method, iterations, floor)
+    for number, (a, b, c) in enumerate(polynomials):
+        square = gram(x)
+        if method == "polar-express" and number == 0:
+            x, step = _first(x, square, b, c, eps)
         else:
-            quintic = commuting_product_plus(square, square, square, alpha=c, beta=b)  # b A + c A²
-        if method == "polar-express" and len(polynomials) == 1 and long >= PAIRED * short:
-            a, quintic = _composed(square, quintic, a, polynomials.pop())
-        left, right = (x, quintic) if tall else (quintic, x)
-        x = product_plus(left, right, x, alpha=1.0, beta=a)
+            step = commuting_product_plus(square, square, square, alpha=c, beta=b)  # b A + c A²
+        if method == "polar-express" and 0 < number == iterations - 2 and long >= PAIRED * short:
+            a, step = _composed(square, step, a, polynomials[-1])
+            return product_plus(step, x, x, alpha=1.0, beta=a)
+        x = product_plus(step, x, x, alpha=1.0, beta=a)
     return x
+
+
+def _first(x: Tensor, square: Tensor, b: float, c: float, eps: float) -> tuple[Tensor, Tensor]:
+    """x divided by (Σ σ⁸)^⅛, and b A + c A² of that; ``square`` is x xᵀ."""
+    tiny = torch.finfo(torch.float32).tiny
+    square, size = _divided_by(square, torch.linalg.matrix_norm(square, keepdim=True).clamp_min(tiny))
+    fourth = commuting_product_plus(square, square, square, alpha=1.0, beta=0.0)
+    norm = (size * torch.linalg.matrix_norm(fourth, keepdim=True).to(size.dtype).sqrt()).sqrt()
+    x, norm = _divided_by(x, norm.clamp_min(eps))
+    ratio = size / norm**2  # of A to ``square``
+    return x, multiplied(square, b * ratio).add_(multiplied(fourth, c * ratio**2))
 
 
 def _divided_by(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
@@ -349,17 +375,17 @@ def _divided_by(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     return x / norm, norm.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _composed(square: Tensor, quintic: Tensor, a: float, second: tuple[float, float, float]) -> tuple[float, Tensor]:
+def _composed(square: Tensor, step: Tensor, a: float, second: tuple[float, float, float]) -> tuple[float, Tensor]:
     """Two iterations in one: α and P such that the second takes the first's x to α x + P x.
 
-    With Z = ``quintic`` the first iteration makes (a + Z) x, whose square is B = (a + Z) A (a + Z); the second makes
+    With Z = ``step`` the first iteration makes (a + Z) x, whose square is B = (a + Z) A (a + Z); the second makes
     (a' + b' B + c' B²) (a + Z) x.  Everything here commutes, and is as small as A.
     """
     a2, b2, c2 = second
-    half = commuting_product_plus(square, quintic, square, alpha=1.0, beta=a)  # A (a + Z)
-    square = commuting_product_plus(half, quintic, half, alpha=1.0, beta=a)
+    half = commuting_product_plus(square, step, square, alpha=1.0, beta=a)  # A (a + Z)
+    square = commuting_product_plus(half, step, half, alpha=1.0, beta=a)
     outer = commuting_product_plus(square, square, square, alpha=c2, beta=b2)
-    return a * a2, commuting_product_plus(outer, quintic, (a2 * quintic).add_(outer, alpha=a), alpha=1.0, beta=1.0)
+    return a * a2, commuting_product_plus(outer, step, (a2 * step).add_(outer, alpha=a), alpha=1.0, beta=1.0)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -367,7 +393,7 @@ def _composed(square: Tensor, quintic: Tensor, a: float, second: tuple[float, fl
 # --------------------------------------------------------------------------------------------------------------
 
 #: Elements of a batch from which it gains no more from being larger.
-ENOUGH = 1 << 16
+ENOUGH = 1 << 18
 
 
 def batched(indices: Sequence[int], shapes: Sequence[tuple[Any, ...]]) -> list[list[int]]:
@@ -391,8 +417,39 @@ def batched(indices: Sequence[int], shapes: Sequence[tuple[Any, ...]]) -> list[l
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """A batch of tensors; of a single one it is a view."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+    """A batch of tensors: a view of one tensor, or of those that fill some memory one after another; else a copy."""
+    first, count = tensors[0], len(tensors)
+    if count == 1:
+        return first[None]
+    if _fill_their_memory(tensors):
+        return first.as_strided((count, *first.shape), (first.numel(), *first.stride()))
+    return torch.stack(list(tensors))
+
+
+def put_back(stack: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Copy a changed batch, which :func:`stacked` made of tensors, to where they are, unless it shares their memory."""
+    if stack.data_ptr() != tensors[0].data_ptr():
+        torch._foreach_copy_(list(tensors), stack.unbind())
+
+
+def laid_together(tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """The tensors moved so that they fill some memory one after another, if each had memory of its own; else None."""
+    if len(tensors) == 1 or not all(map(owns_its_memory, tensors)):
+        return None
+    return list(torch.stack(list(tensors)).unbind())
+
+
+def owns_its_memory(tensor: Tensor) -> bool:
+    """Whether a tensor shares its memory with no other, as far as its size tells."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def _fill_their_memory(tensors: Sequence[Tensor]) -> bool:
+    first, memory = tensors[0], tensors[0].untyped_storage()
+    if memory.nbytes() != first.nbytes * len(tensors) or not all(map(Tensor.is_contiguous, tensors)):
+        return False
+    start = memory.data_ptr()
+    return list(map(Tensor.data_ptr, tensors)) == list(range(start, start + memory.nbytes(), first.nbytes))
 
 
 def turns(costs: Sequence[float], count: int, loads: list[float]) -> list[int]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from likely.optim.adam import Adam
-from likely.optim.frame import Bucket, Decay, Rounding, UpdateRule, expect, precision_of
-from likely.optim.matrices import batched
+from likely.optim.frame import Bucket, Decay, Rounding, UpdateRule, expect, local, precision_of
+from likely.optim.matrices import batched, laid_together, owns_its_memory
 
 
 def matrix_groups(model: nn.Module, but: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -108,6 +108,18 @@ class MatrixRule(Adam):
         expect(group, "matrices", lambda value: isinstance(value, bool), "True or False")
         expect(group, "capturable", lambda value: value is False, "False")
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state; no two of its tensors share memory, as those that a batch has laid together do."""
+        whole = super().state_dict()
+        own = {
+            key: {
+                name: value.clone() if isinstance(value, Tensor) and not owns_its_memory(local(value)) else value
+                for name, value in state.items()
+            }
+            for key, state in whole["state"].items()
+        }
+        return {**whole, "state": own}
+
     def is_matrix(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether a parameter is moved by the rule for matrices."""
         return group["matrices"] and has_two_sides(parameter)
@@ -135,16 +147,25 @@ class MatrixRule(Adam):
             return
         shapes = [(tuple(handle.shape),) for handle in bucket.handles]
         for indices in batched(range(len(shapes)), shapes):  # what is made for one batch is gone before the next
+            handles = [bucket.handles[i] for i in indices]
+            state = {name: [tensors[i] for i in indices] for name, tensors in bucket.state.items()}
             together = Bucket(
-                [bucket.handles[i] for i in indices],
+                handles,
                 [bucket.parameters[i] for i in indices],
                 [bucket.gradients[i] for i in indices],
-                {name: [tensors[i] for i in indices] for name, tensors in bucket.state.items()},
+                {name: self._laid_together(name, tensors, handles) for name, tensors in state.items()},
                 bucket.clock,
                 [bucket.numbers[i] for i in indices],
                 bucket.t,
             )
             UpdateRule.advance(self, together, group)
+
+    def _laid_together(self, name: str, tensors: list[Tensor], handles: list[Tensor]) -> list[Tensor]:
+        """A batch's tensors of the state, in one piece of memory if each still has its own: so they stack for free."""
+        moved = laid_together(tensors)
+        for handle, tensor in zip(handles, moved or []):
+            self.state[handle][name] = tensor
+        return moved or tensors
 
     def update(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
         if self.is_elementwise(bucket, group):

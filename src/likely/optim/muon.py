@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from likely.optim.frame import Bucket, Decay, Rounding, expect
-from likely.optim.matrices import Method, layout, orthogonalized, stacked
+from likely.optim.matrices import Method, layout, orthogonalized, put_back, stacked
 from likely.optim.matrixrule import MatrixRule
 from likely.processor import multiplies_bfloat16
 
@@ -150,10 +150,11 @@ class Muon(MatrixRule):
         native = multiplies_bfloat16(bucket.gradients[0].device)
         half = group["precision"] == "bfloat16" or (group["precision"] == "auto" and native)
         how = (group["method"], group["iterations"], group["floor"], group["norm_eps"])
-        ahead = muon_momentum(bucket.gradients, bucket.state["momentum"], group["momentum"], group["nesterov"])
-        rows, columns = layout(tuple(ahead[0].shape), True, None, 0).shape
-        x = stacked([m.to(torch.bfloat16 if half and how[0] != "svd" else m.dtype) for m in ahead])
+        momentum = stacked(bucket.state["momentum"])
+        (ahead,) = muon_momentum([stacked(bucket.gradients)], [momentum], group["momentum"], group["nesterov"])
+        put_back(momentum, bucket.state["momentum"])
+        rows, columns = layout(tuple(ahead.shape[1:]), True, None, 0).shape
+        x = ahead.to(torch.bfloat16 if half and how[0] != "svd" else ahead.dtype)
         o = orthogonalized(x.reshape(-1, rows, columns), *how)
-        scale = muon_scale(rows, columns, group["adjust"])
-        updates = ahead if group["nesterov"] else [torch.empty_like(m) for m in ahead]  # else it is the state
-        return [u.copy_(each.view(u.shape)).mul_(scale) for u, each in zip(updates, o)]
+        updates = torch.empty_like(ahead) if ahead is momentum else ahead  # the momentum is state
+        return list(updates.copy_(o.view_as(ahead)).mul_(muon_scale(rows, columns, group["adjust"])).unbind())

@@ -27,7 +27,7 @@ step it is grafted to; with ``graft="none"`` it waits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,11 +37,12 @@ from likely.optim.adam import adam_update
 from likely.optim.frame import Bucket, Decay, Rounding, expect, one_minus_power
 from likely.optim.matrices import (
     Layout,
+    accumulate_gram,
     batched,
-    gram,
     layout,
     matrix_power,
     multiply_axes,
+    put_back,
     stacked,
     turns,
     unfolded,
@@ -53,25 +54,21 @@ Graft = Literal["adam", "sgd", "none"]
 START = 10
 
 
-def update_statistics(g: Tensor, statistics: list[list[Tensor]], beta2: float) -> None:
+def update_statistics(g: Tensor, statistics: list[Tensor | None], beta2: float) -> None:
     """Take gradients into the statistics: L ← β₂ L + (1 − β₂) G Gᵀ for every side, or L ← L + G Gᵀ where β₂ = 1.
 
     Args:
         g: shape ``(batch, n_1, …, n_k)``.
-        statistics: for each axis as many ``(n_i, n_i)`` as the batch has gradients, or none.
+        statistics: for each axis ``(batch, n_i, n_i)``, or None.
 
-    >>> left, right = torch.zeros(1, 1), torch.zeros(2, 2)
-    >>> update_statistics(torch.tensor([[[1.0, 2.0]]]), [[left], [right]], 0.5)
+    >>> left, right = torch.zeros(1, 1, 1), torch.zeros(1, 2, 2)
+    >>> update_statistics(torch.tensor([[[1.0, 2.0]]]), [left, right], 0.5)
     >>> left.tolist(), right.tolist()
-    ([[2.5]], [[0.5, 1.0], [1.0, 2.0]])
+    ([[[2.5]]], [[[0.5, 1.0], [1.0, 2.0]]])
     """
     for axis, matrices in enumerate(statistics):
-        if matrices:
-            outer = gram(unfolded(g, axis)).unbind()
-            if beta2 == 1:
-                torch._foreach_add_(matrices, outer)
-            else:
-                torch._foreach_lerp_(matrices, outer, 1 - beta2)
+        if matrices is not None:
+            accumulate_gram(matrices, unfolded(g, axis), beta2, 1 - beta2 if beta2 < 1 else 1.0)
 
 
 def shampoo_root(statistics: Tensor, sides: int, t: float, beta2: float, eps: float) -> Tensor:
@@ -82,30 +79,33 @@ def shampoo_root(statistics: Tensor, sides: int, t: float, beta2: float, eps: fl
 
 @dataclass
 class Blocks:
-    """Blocks of equal shape of one or more parameters; all tensors are views of gradients, updates and state.
+    """Blocks of equal shape, of one or more parameters; every tensor counts them in its first axis.
 
     Args:
         g: gradients.
-        update: what the parameters lose.
-        m, v: moments; v is empty where there is none.
+        update: what the parameters lose, to be filled in; zero so far.
+        m, v: moments; v is None where there is none.
         age: number of steps since the one in which the last of the first bases were made: 0 in that one.
-        statistics: for each axis a symmetric matrix a block, or none.
-        basis: for each axis what is made of each block's statistics.
+        statistics: for each axis a symmetric matrix a block, or None.
+        basis: for each axis what is made of each block's statistics, or None.
         due: for each axis, which of the blocks have their basis renewed in this step.
     """
 
-    g: list[Tensor]
-    update: list[Tensor]
-    m: list[Tensor]
-    v: list[Tensor]
+    g: Tensor
+    update: Tensor
+    m: Tensor
+    v: Tensor | None
     age: int
-    statistics: list[list[Tensor]] = field(default_factory=list)
-    basis: list[list[Tensor]] = field(default_factory=list)
-    due: list[list[int]] = field(default_factory=list)
+    statistics: list[Tensor | None]
+    basis: list[Tensor | None]
+    due: list[list[int]]
 
-    def bases(self) -> list[Tensor | None]:
-        """The bases as :func:`likely.optim.matrices.multiply_axes` takes them."""
-        return [stacked(matrices) if matrices else None for matrices in self.basis]
+    def renewals(self) -> Iterator[tuple[int, list[int] | slice, Tensor, Tensor]]:
+        """For every axis with a renewal its number, which blocks are due, their statistics, and the bases of all."""
+        for axis, (due, statistics, basis) in enumerate(zip(self.due, self.statistics, self.basis)):
+            if due and statistics is not None and basis is not None:
+                chosen = slice(None) if len(due) == len(basis) else due  # all of them, without a copy
+                yield axis, chosen, statistics[chosen], basis
 
 
 @dataclass
@@ -163,30 +163,40 @@ class Preconditioned(MatrixRule):
         return state | {f"basis.{i}": torch.eye(n, **like) for i, n in enumerate(sides)}
 
     def update_matrices(self, bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
-        updates = [torch.zeros_like(g, memory_format=torch.contiguous_format) for g in bucket.gradients]
-        for blocks in self._blocks(bucket, updates, group):
+        gradients = [g.contiguous() for g in bucket.gradients]
+        updates = list(gradients[0].new_zeros(len(gradients), *gradients[0].shape).unbind())
+        for blocks in self._blocks(gradients, updates, bucket, group):
             self.update_blocks(blocks, int(bucket.t), group)
         return updates
 
-    def _blocks(self, bucket: Bucket, updates: list[Tensor], group: dict[str, Any]) -> Iterator[Blocks]:
-        """The blocks of parameters of one shape, those of equal shape together."""
+    def _blocks(
+        self, gradients: list[Tensor], updates: list[Tensor], bucket: Bucket, group: dict[str, Any]
+    ) -> Iterator[Blocks]:
+        """The blocks of parameters of one shape, those of equal shape together; what is done to them is done to all."""
         cut, state, t = _layout(updates[0].shape, group), bucket.state, int(bucket.t)
-        whole = [[g.contiguous() for g in bucket.gradients], updates, state["m"], state.get("v", [])]
-        views = [[cut.views(tensor) for tensor in tensors] for tensors in whole]
+        views = [
+            [cut.views(tensor) for tensor in each] for each in (gradients, updates, state["m"], state.get("v", []))
+        ]
         turns = [self.turns_of(number) for number in bucket.numbers]
+        now = {turn for turn in range(int(group["interval"])) if is_due(turn, t, group["interval"])}
         every = [(place, i) for place in range(len(cut.blocks)) for i in range(len(updates))]
         shapes = [tuple(side.stop - side.start for side in place) for place in cut.blocks]
         for batch in batched(range(len(every)), [(shapes[place],) for place, _ in every]):
             chosen = [every[j] for j in batch]
-            g, update, m, v = ([each[i][place] for place, i in chosen if each] for each in views)
-            blocks = Blocks(g, update, m, v, age=t - turns[0].start)
+            parts = [[each[i][place] for place, i in chosen if each] for each in views]
+            due = []
             for axis in range(len(cut.shape)):
                 sides = [place * len(cut.sides) + cut.sides.index(axis) for place, _ in chosen if axis in cut.sides]
-                blocks.statistics.append([state[f"statistics.{side}"][i] for side, (_, i) in zip(sides, chosen)])
-                blocks.basis.append([state[f"basis.{side}"][i] for side, (_, i) in zip(sides, chosen)])
-                own = [turns[i].sides[side] for side, (_, i) in zip(sides, chosen)]
-                blocks.due.append([j for j, turn in enumerate(own) if is_due(turn, t, group["interval"])])
-            yield blocks
+                for name in ("statistics", "basis"):
+                    parts.append([state[f"{name}.{side}"][i] for side, (_, i) in zip(sides, chosen)])
+                due.append([j for j, (side, (_, i)) in enumerate(zip(sides, chosen)) if turns[i].sides[side] in now])
+            stacks = [stacked(tensors) if tensors else None for tensors in parts]
+            g, update, m, v, *of_sides = stacks
+            assert g is not None and update is not None and m is not None
+            yield Blocks(g, update, m, v, t - turns[0].start, of_sides[::2], of_sides[1::2], due)
+            for stack, tensors in zip(stacks[1:], parts[1:]):
+                if stack is not None:
+                    put_back(stack, tensors)
 
     def turns_of(self, number: int) -> Turns:
         """The turns of a parameter, by its number."""
@@ -307,25 +317,22 @@ class Shampoo(Preconditioned):
 
     def update_blocks(self, b: Blocks, t: int, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        update_statistics(stacked(b.g), b.statistics, beta2)
-        sides = sum(map(bool, b.statistics))
-        for matrices, basis, due in zip(b.statistics, b.basis, b.due):
-            if due:
-                roots = shampoo_root(stacked([matrices[i] for i in due]), sides, t, beta2, group["matrix_eps"])
-                torch._foreach_copy_([basis[i] for i in due], roots.unbind())
-        if b.v:
-            step = adam_update(b.g, b.m, b.v, t, beta1, beta2, group["eps"])
+        update_statistics(b.g, b.statistics, beta2)
+        sides = sum(matrices is not None for matrices in b.statistics)
+        for _, due, statistics, roots in b.renewals():
+            roots[due] = shampoo_root(statistics, sides, t, beta2, group["matrix_eps"])
+        if b.v is not None:
+            (step,) = adam_update([b.g], [b.m], [b.v], t, beta1, beta2, group["eps"])
         else:
-            torch._foreach_lerp_(b.m, b.g, 1 - beta1)
-            step = list(torch._foreach_div(b.m, one_minus_power(beta1, t)))
+            step = b.m.lerp_(b.g, 1 - beta1) / one_minus_power(beta1, t)
         if b.age >= 0:
-            u = multiply_axes(stacked(b.m), b.bases())  # L̂^{−p} M R̂^{−p}
+            u = multiply_axes(b.m, b.basis)  # L̂^{−p} M R̂^{−p}
             if group["graft"] == "none":
                 u = u / one_minus_power(beta1, t)
             else:
                 axes = tuple(range(1, u.dim()))
                 length = torch.linalg.vector_norm(u, dim=axes, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
-                u = u.mul_(torch.stack(torch._foreach_norm(step)).view_as(length) / length)
-            torch._foreach_copy_(b.update, u.unbind())
+                u = u.mul_(torch.linalg.vector_norm(step, dim=axes, keepdim=True) / length)
+            b.update.copy_(u)
         elif group["graft"] != "none":
-            torch._foreach_copy_(b.update, step)
+            b.update.copy_(step)

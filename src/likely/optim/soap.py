@@ -22,7 +22,7 @@ turned when the basis is; the authors turn it back and forth in every step, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -30,15 +30,15 @@ from torch import Tensor
 
 from likely.optim.adam import Epsilon, adam_update
 from likely.optim.frame import Decay, Rounding, expect
-from likely.optim.matrices import eigenbasis, multiply_axes, power_qr, stacked
+from likely.optim.matrices import eigenbasis, multiply_axes, power_qr
 from likely.optim.shampoo import Blocks, Preconditioned, update_statistics
 
 
 def soap_update(
     g: Tensor,
-    m: list[Tensor],
-    v: list[Tensor],
-    basis: list[Tensor | None],
+    m: Tensor,
+    v: Tensor,
+    basis: Sequence[Tensor | None],
     t: float,
     beta1: float,
     beta2: float,
@@ -48,19 +48,18 @@ def soap_update(
     """Adam in another basis, in units of the learning rate; m and v, which are in that basis, become the new ones.
 
     Args:
-        g: gradients, shape ``(batch, n_1, …, n_k)``.
-        m, v: a tensor of shape ``(n_1, …, n_k)`` for each gradient.
+        g: gradients, shape ``(batch, n_1, …, n_k)``; m and v have the same.
         basis: for each axis ``(batch, n_i, n_i)``, the basis vectors as columns, or None for the identity.
         t: number of steps in a basis, 1 for the first.
 
-    >>> g, m, v = torch.tensor([[[3.0], [4.0]]]), torch.zeros(2, 1), torch.zeros(2, 1)
+    >>> g, m, v = torch.tensor([[[3.0], [4.0]]]), torch.zeros(1, 2, 1), torch.zeros(1, 2, 1)
     >>> turned = torch.tensor([[[0.6, -0.8], [0.8, 0.6]]])                  # g is five times its first column
-    >>> [round(x, 4) for x in soap_update(g, [m], [v], [turned, None], 1, 0.9, 0.9, 1e-3).flatten().tolist()]
+    >>> [round(x, 4) for x in soap_update(g, m, v, [turned, None], 1, 0.9, 0.9, 1e-3).flatten().tolist()]
     [0.5999, 0.7998]
     """
     turned = multiply_axes(g, basis)
-    step = adam_update(list(turned.unbind()), m, v, t, beta1, beta2, eps, epsilon)
-    return multiply_axes(stacked(step), basis, transposed=True)
+    (step,) = adam_update([turned], [m], [v], t, beta1, beta2, eps, epsilon)
+    return multiply_axes(step, basis, transposed=True)
 
 
 def renew_basis(m: Tensor, v: Tensor, axis: int, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +78,7 @@ def renew_basis(m: Tensor, v: Tensor, axis: int, p: Tensor, q: Tensor) -> tuple[
     index = order.reshape([len(order), *(-1 if i == axis else 1 for i in range(m.dim() - 1))])
     old_basis, new_basis = ([basis if i == axis else None for i in range(m.dim() - 1)] for basis in (q, new))
     m = multiply_axes(multiply_axes(m, old_basis, transposed=True), new_basis)
-    return m, torch.take_along_dim(v, index, axis + 1), new
+    return m, torch.gather(v, axis + 1, index.expand_as(v)), new
 
 
 class SOAP(Preconditioned):
@@ -100,7 +99,7 @@ class SOAP(Preconditioned):
         maximize, rounding, seed: see :class:`likely.optim.frame.UpdateRule`.
 
     >>> w = torch.nn.Parameter(torch.zeros(2, 2))
-    >>> optimizer = SOAP([w], lr=0.1, weight_decay=0.0, interval=1)
+    >>> optimizer = SOAP([w], lr=0.1, weight_decay=0.0, interval=1, eps=1e-4)  # rounding errors are much smaller
     >>> w.grad = torch.ones(2, 2)
     >>> optimizer.step()                                          # finds a basis: the gradient has rank one,
     >>> optimizer.step()                                          # so one element moves, by the learning rate
@@ -155,18 +154,13 @@ class SOAP(Preconditioned):
 
     def update_blocks(self, b: Blocks, t: int, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        g = stacked(b.g)
+        assert b.v is not None
         if b.age > 0:
-            u = soap_update(g, b.m, b.v, b.bases(), b.age, beta1, beta2, group["eps"], group["epsilon"])
-            torch._foreach_copy_(b.update, u.unbind())
-        update_statistics(g, b.statistics, beta2 if group["statistics_beta"] is None else group["statistics_beta"])
-        for axis, due in enumerate(b.due):
-            if not due:
-                continue
-            m, v, p, q = ([each[i] for i in due] for each in (b.m, b.v, b.statistics[axis], b.basis[axis]))
+            eps, epsilon = group["eps"], group["epsilon"]
+            b.update.copy_(soap_update(b.g, b.m, b.v, b.basis, b.age, beta1, beta2, eps, epsilon))
+        update_statistics(b.g, b.statistics, beta2 if group["statistics_beta"] is None else group["statistics_beta"])
+        for axis, due, statistics, basis in b.renewals():
             if b.age <= 0:  # the first one; the moments are still zero
-                torch._foreach_copy_(q, eigenbasis(stacked(p)).unbind())
+                basis[due] = eigenbasis(statistics)
             else:
-                renewed = renew_basis(stacked(m), stacked(v), axis, stacked(p), stacked(q))
-                for old, new in zip((m, v, q), renewed):
-                    torch._foreach_copy_(old, new.unbind())
+                b.m[due], b.v[due], basis[due] = renew_basis(b.m[due], b.v[due], axis, statistics, basis[due])
