@@ -28,6 +28,7 @@ from likely.coding.intervals import GridCells, LogisticCells, NormalCells
 from likely.coding.stack import Stack
 from likely.distributions.bernoulli import Bernoulli
 from likely.distributions.categorical import Categorical
+from likely.distributions.clustered import Clustered
 from likely.distributions.counts import Multinomial, NegativeBinomial
 from likely.distributions.heads import TableDistribution
 from likely.distributions.logistic import DiscretizedLogisticMixture, GridLogisticMixture
@@ -122,8 +123,11 @@ class RowCells:
         spare = iter(spare_bits or ())
         for j in range(self.shape[1]):
             try:
-                if j in rows.coded:
-                    column: CellCodec = _categories(_array(rows.coded[j].logits)[:, 0], mask[:, j])
+                law = rows.coded.get(j)
+                if isinstance(law, Clustered):
+                    column: CellCodec = ClusteredCells(law, mask[:, j])
+                elif law is not None:
+                    column = _categories(_array(law.logits)[:, 0], mask[:, j])
                 else:
                     assert mixture is not None
                     column = _numeric_column(mixture, rows.numeric.index(j), mask[:, j], spare)
@@ -159,6 +163,54 @@ class RowCells:
         if array.shape != self.shape:
             raise ValueError(f"symbols: expected shape {self.shape}, got {array.shape}")
         return array
+
+
+class ClusteredCells:
+    """Categories out of very many: the codec of their clusters, then that of the members, given the clusters.
+
+    Args:
+        law: of n cells, logits of shape ``(n, 1, clusters)``.
+        present: which cells are there, shape ``(n,)``.
+    """
+
+    def __init__(self, law: Clustered, present: Mask) -> None:
+        self._logits, self._table = (_array(t) for t in (law.member_logits[:, 0], law.table))
+        self._clusters, self._present = CategoricalCells(_array(law.logits)[:, 0], present), present
+        self.shape: tuple[int, ...] = self._clusters.shape
+        self._size = self._table.shape[1]
+
+    def _members(self, clusters: Integers) -> CategoricalCells:
+        logits = self._logits + self._table[np.where(self._present, clusters, 0)]
+        return CategoricalCells(logits, self._present)
+
+    def _split(self, symbols: ArrayLike) -> tuple[Integers, Integers]:
+        array = np.asarray(symbols)
+        if not self.legal(array).all():
+            raise ValueError(f"symbols: expected codes of the column, got {array[~self.legal(array)][0]}")
+        array = np.where(self._present, array, 0).astype(np.int64)
+        return array // self._size, array % self._size
+
+    def push(self, stack: Stack, symbols: ArrayLike) -> None:
+        """Code the cells that are there."""
+        clusters, members = self._split(symbols)
+        self._members(clusters).push(stack, members)
+        self._clusters.push(stack, clusters)
+
+    def pop(self, stack: Stack) -> Integers:
+        """Decode all cells, 0 where absent."""
+        clusters = self._clusters.pop(stack)
+        return clusters * self._size + self._members(clusters).pop(stack)
+
+    def lengths(self, symbols: ArrayLike) -> NDArray[np.float64]:
+        """Bits of every cell."""
+        clusters, members = self._split(symbols)
+        return self._clusters.lengths(clusters) + self._members(clusters).lengths(members)
+
+    def legal(self, symbols: ArrayLike) -> Mask:
+        """Which cells can be coded: those of a level."""
+        array = np.asarray(symbols)
+        good = (array >= 0) & (array < np.isfinite(self._table).sum())
+        return good | ~self._present
 
 
 def _numeric_column(mixture: GridLogisticMixture, i: int, present: Mask, spare_bits: Any) -> Cells:

@@ -7,6 +7,7 @@ untrained model already has the data's marginals.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from likely.contract import (
 )
 from likely.distributions.bernoulli import Bernoulli
 from likely.distributions.categorical import Categorical
+from likely.distributions.clustered import Clustered
 from likely.distributions.counts import Multinomial, NegativeBinomial
 from likely.distributions.logistic import DiscretizedLogisticMixture, GridLogisticMixture, Recalled
 from likely.distributions.normal import Normal, StudentT
@@ -277,7 +279,9 @@ class MultinomialHead(Head):
 class TableDistribution:
     """The distribution of a row: one categorical a coded column, one grid mixture over all numeric columns."""
 
-    def __init__(self, coded: dict[int, Categorical], numeric: list[int], mixture: GridLogisticMixture | None) -> None:
+    def __init__(
+        self, coded: dict[int, Categorical | Clustered], numeric: list[int], mixture: GridLogisticMixture | None
+    ) -> None:
         self.coded, self.numeric, self.mixture = coded, numeric, mixture
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -303,11 +307,17 @@ class TableDistribution:
         return cells if dtype is None else cells.to(dtype)
 
 
+#: A column with more levels has clusters of them.
+_MOST_LEVELS = 4096
+
+
 class TableHead(Head):
     """A mixed row: a head a column.
 
-    A coded column has a categorical; a numeric one a mixture of logistics on its grid (or a density, without one)
-    and, on a grid, an atom for each value that at least ``atom_share`` of the training cells have.
+    A coded column has a categorical; one of very many levels has a cluster and a member of it, so that memory does not
+    grow as levels times context (:class:`~likely.distributions.clustered.Clustered`).  A numeric column has a mixture
+    of logistics on its grid (or a density, without one) and, on a grid, an atom for each value that at least
+    ``atom_share`` of the training cells have.
 
     Args:
         components: K, logistics a numeric column.
@@ -359,11 +369,19 @@ class TableHead(Head):
             self.register_buffer("recalled_counts", torch.zeros(0, dtype=torch.float64))
             self.register_buffer("recalled_sizes", torch.zeros(len(columns), dtype=torch.int64))
         self.per_column = 3 * components + slots + self.recall
-        outputs = sum(self.levels) + len(columns) * self.per_column
+        self.tables = nn.ParameterDict(
+            {str(j): nn.Parameter(torch.zeros(n)) for j, n in zip(self.coded, self.levels) if n > _MOST_LEVELS}
+        )
+        outputs = sum(map(self._numbers, self.levels)) + len(columns) * self.per_column
         self.output = glorot(Linear(context_shape[0], outputs))
 
+    @staticmethod
+    def _numbers(levels: int) -> int:
+        """How many numbers the law of a coded column takes from the output layer."""
+        return levels if levels <= _MOST_LEVELS else sum(_clusters(levels))
+
     def cell_of_number(self) -> list[int]:
-        coded = [j for j, levels in zip(self.coded, self.levels) for _ in range(levels)]
+        coded = [j for j, levels in zip(self.coded, self.levels) for _ in range(self._numbers(levels))]
         return coded + [j for j in self.numeric for _ in range(self.per_column)]
 
     @torch.no_grad()
@@ -389,7 +407,16 @@ class TableHead(Head):
                 for j, count in zip(self.coded, counts):
                     codes = x[:, j]
                     count += torch.bincount(codes[~torch.isnan(codes)].long(), minlength=len(count))
-        return [torch.log((count + 0.5) / (count + 0.5).sum()) for count in counts]
+        found = []
+        for j, count in zip(self.coded, counts):
+            log_share = torch.log((count + 0.5) / (count + 0.5).sum())
+            if str(j) in self.tables:  # of the clusters, and of the members within each
+                within = _in_clusters(log_share)
+                of_cluster = within.logsumexp(1)
+                self.tables[str(j)].copy_((within - of_cluster.unsqueeze(1)).flatten()[: len(count)])
+                log_share = torch.cat([of_cluster, torch.zeros(within.shape[1], dtype=torch.float64)])
+            found.append(log_share)
+        return found
 
     def _initialise_numeric(self, batches: Batches) -> Tensor:
         """Location, unit and atoms of the numeric columns; returns their output biases ``(columns, per_column)``."""
@@ -441,10 +468,15 @@ class TableHead(Head):
     def forward(self, context: Tensor) -> TableDistribution:
         values = full_precision(self.output(context))
         start = 0
-        coded: dict[int, Categorical] = {}
+        coded: dict[int, Categorical | Clustered] = {}
         for j, levels in zip(self.coded, self.levels):
-            coded[j] = Categorical(values[..., start : start + levels].unsqueeze(-2), 1)
-            start += levels
+            logits = values[..., start : start + self._numbers(levels)].unsqueeze(-2)
+            start += logits.shape[-1]
+            if str(j) in self.tables:
+                clusters, members = logits.split(_clusters(levels), -1)
+                coded[j] = Clustered(clusters, members, _in_clusters(self.tables[str(j)]))
+            else:
+                coded[j] = Categorical(logits, 1)
         mixture = None
         if self.numeric:
             block = values[..., start:].reshape(*values.shape[:-1], len(self.numeric), self.per_column)
@@ -470,6 +502,18 @@ class TableHead(Head):
                 recalled,
             )
         return TableDistribution(coded, self.numeric, mixture)
+
+
+def _clusters(levels: int) -> tuple[int, int]:
+    """Numbers of clusters and of members of each, as near to each other as whole numbers allow."""
+    members = math.isqrt(levels - 1) + 1
+    return -(-levels // members), members
+
+
+def _in_clusters(values: Tensor) -> Tensor:
+    """A value for each level as ``(clusters, members)``, −∞ where there is no level."""
+    clusters, members = _clusters(len(values))
+    return torch.cat([values, values.new_full((clusters * members - len(values),), -torch.inf)]).reshape(clusters, -1)
 
 
 def _thinned(batches: Batches, columns: list[int], most: int = 400_000) -> Tensor:
