@@ -1,4 +1,4 @@
-"""Hostile files: mutants of small ``.lk`` files of every family, decoded under limits of memory and time.
+"""Hostile files: mutants of the golden ``.lk`` files of every family, decoded under limits of memory and time.
 
     python benchmarks/fuzz.py --count 100000 --out benchmarks/results/fuzz
 
@@ -60,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        made = {name: archive_cases.make(name, Path(folder)) for name in SHARES}
+        made = {name: archive_cases.golden(name, Path(folder)) for name in SHARES}
     outcomes: Counter[tuple[str, str]] = Counter()
     by_file: Counter[str] = Counter()
     faults: list[str] = []

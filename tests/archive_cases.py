@@ -208,6 +208,17 @@ def make(case: str | Case, folder: Path, bits: int = 6) -> Made:
     return Made(source.read_bytes(), files[0], files[1], model, schema)
 
 
+def golden(name: str, folder: Path) -> Made:
+    """A case as its golden file holds it, and coded again by the model in it without that."""
+    embedded = (Path(__file__).parent / "golden" / f"{name}-1.0.lk").read_bytes()
+    with Archive(embedded, SMALL) as archive:
+        model, schema = archive.model()
+    source, bare = folder / CASES[name].file, io.BytesIO()
+    source.write_bytes(decode(embedded, model, schema))
+    compress(model, schema, source, bare, workers=1)
+    return Made(source.read_bytes(), embedded, bare.getvalue(), model, schema)
+
+
 def decode(data: bytes, model: Model | None = None, schema: Schema | None = None) -> bytes:
     """The original of a file of these, decoded in this process; by the model in it, if none is given.
 
