@@ -448,11 +448,16 @@ def bound_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
         real = "" if row["smallest"] == row["file"] else f" ({row['smallest']:,})"
         met = "" if goal is None else f"≤ {goal} %: {'yes' if over['file'] <= goal else '**no**'}"
         yield (
-            f"| {name} | {row['name']} | {row['rows']:,} | {row['bound_bits']:,.0f} ± {row['bound_error_bits']:,.0f} "
+            f"| {name} | {row['name']}{_unfinished(case)} | {row['rows']:,} | {row['bound_bits']:,.0f} ± {row['bound_error_bits']:,.0f} "
             f"({row['bound_bits'] / _units(row):.4f} a {row['unit']}) | {row['holes_entropy_bits']:,.0f} "
             f"| {own:+.2f} % | {over['net']:+.2f} % | {row['file']:,}{real} | {over['file']:+.2f} % | {met} |"
         )
     yield ""
+
+
+def _unfinished(case: dict[str, Any]) -> str:
+    fit = case.get("fit", {"step": 0, "planned": 0})
+    return f" ({fit['step']:,} of {fit['planned']:,} steps)" if fit["step"] < fit["planned"] else ""
 
 
 def _units(row: dict[str, Any]) -> int:
@@ -522,7 +527,7 @@ def when_lines(cases: dict[str, dict[str, Any]]) -> Iterator[str]:
             if part in case:
                 found.setdefault(tuple(case.get("when", {}).get(part, ())), []).append(f"{name} ({part})")
     for when, parts in sorted(found.items(), reverse=True):
-        yield f"* {', '.join(when) or 'Earlier, rows-1'}: {', '.join(parts)}."
+        yield f"* {', '.join(when) or 'Before the record said when, rows-1 or rows-2'}: {', '.join(parts)}."
 
 
 def data_of(name: str) -> str:
@@ -551,6 +556,8 @@ def main() -> None:
     }
     for name in arguments.cases:
         coded = Coded(CASES[name], arguments.runs / name)
+        if coded.fitted is not None:
+            note(arguments.out, name, "fit", steps_of(arguments.runs / name))
         for part in arguments.parts:
             if part in ("others", "alone") and data_of(name) != name:
                 continue
@@ -561,15 +568,26 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 found = work[part](coded, Path(folder), arguments)
             print(name, part, json.dumps(found), flush=True)
-            record = recorded(arguments.out)  # as it is now: other parts may be at work elsewhere
-            case = record["cases"].setdefault(name, {})
-            case[part] = found
-            case.setdefault("when", {})[part] = [record["date"], archive.CODING, record["machine"]["processor"]]
-            arguments.out.with_suffix(".json").write_text(
-                json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-            arguments.out.with_suffix(".md").write_text(table(record), encoding="utf-8")
+            note(arguments.out, name, part, found)
     print(table(recorded(arguments.out)))
+
+
+def steps_of(run: Path) -> dict[str, int]:
+    """Step of the weights of a run, the last at which it was held against held-out data, and how many were planned."""
+    steps = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    planned = json.loads((run / "config.json").read_text(encoding="utf-8"))["training"]["steps"]
+    return {"step": max(line["step"] for line in steps if "valid" in line), "planned": planned}
+
+
+def note(out: Path, name: str, part: str, found: Any) -> None:
+    """Add to the record as it is now, for other parts may be at work elsewhere, and write the table."""
+    record = recorded(out)
+    case = record["cases"].setdefault(name, {})
+    case[part] = found
+    case.setdefault("when", {})[part] = [record["date"], archive.CODING, record["machine"]["processor"]]
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    out.with_suffix(".json").write_text(text, encoding="utf-8")
+    out.with_suffix(".md").write_text(table(record), encoding="utf-8")
 
 
 def recorded(out: Path) -> dict[str, Any]:
