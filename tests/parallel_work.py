@@ -49,6 +49,19 @@ def damaged_source() -> Iterator[int]:
     raise Damaged("cut short")
 
 
+def products(seed: int) -> tuple[float, float, float]:
+    """A matrix product and a convolution by PyTorch and a matrix product by NumPy, of whole numbers: exact anywhere."""
+    import numpy as np
+    import torch
+
+    whole = np.random.default_rng(seed).integers(-9, 10, (300, 300)).astype(np.float32)
+    a = torch.from_numpy(whole)
+    image = a[:288, :288].reshape(8, 9, 32, 36)
+    kernels = a[:12, :81].reshape(12, 9, 3, 3)
+    convolved = torch.nn.functional.conv2d(image, kernels)
+    return float((a @ a).double().sum()), float(convolved.double().sum()), float((whole @ whole).sum(dtype=np.float64))
+
+
 def sleep(seconds: float) -> None:
     if in_a_worker():
         print(os.getpid(), flush=True)

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,25 +15,38 @@ import pytest
 import torch
 
 import parallel_work as work
+from likely.coding import parallel
 from likely.coding.errors import Damaged, TooLarge
 from likely.coding.parallel import AHEAD, map_chunks
 
 SCRIPT = """
 import multiprocessing, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have it ignored
+from likely.coding import parallel
 from likely.coding.parallel import map_chunks
 from parallel_work import sleep
 
+parallel._forks = lambda: sys.argv[1] == "fork"
 try:  # without a guard against being imported anew by the workers, as many users' scripts are
-    list(map_chunks(sleep, [60.0] * 4, 2))
+    list(map_chunks(sleep, [float(sys.argv[2])] * 400, 2))
 except KeyboardInterrupt:
     print("interrupted,", len(multiprocessing.active_children()), "left", flush=True)
     sys.exit(130)
 """
 
 
+STARTS = ["spawn", *(["fork"] if sys.platform == "linux" else [])]
+
+
+@pytest.fixture(params=STARTS)
+def start(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
+def nothing_left(start: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test with workers that are forks, and with workers that are not."""
+    monkeypatch.setattr(parallel, "_forks", lambda: start == "fork")
     yield
     assert multiprocessing.active_children() == []
 
@@ -73,6 +85,15 @@ def test_order_state_threads_and_arguments() -> None:
     assert {(built["text"], built["threads"]) for built in found.values()} == {("state", 1)}
 
 
+def test_workers_of_a_process_that_has_computed_with_threads() -> None:
+    torch.set_num_threads(2)
+    try:
+        here = [work.products(seed) for seed in range(6)]
+        assert list(map_chunks(work.products, range(6), 3)) == here
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_an_error_of_a_worker_comes_as_it_is() -> None:
     with pytest.raises(TooLarge, match=r"rows: expected at most 1, got 2; .*max_output") as caught:
         list(map_chunks(work.misbehave, itertools.repeat("raise"), 2))
@@ -93,27 +114,39 @@ def test_a_worker_that_gives_no_result(what: str, message: str) -> None:
         list(map_chunks(work.misbehave, itertools.repeat(what), 2))
 
 
+def test_what_is_built_here_is_not_built_again(start: str) -> None:
+    here = work.build(b"state")
+    results = map_chunks(work.place, itertools.repeat(5), 2, build=work.build, state=b"state", built=here)
+    found: dict[int, dict] = {}
+    for _, built in results:
+        found[built["built"]] = built
+        if len(found) == 2 or (start == "fork" and len(found) == 1):
+            break
+    results.close()  # type: ignore[attr-defined]
+    assert here["built"] in found
+    only_here = list(map_chunks(work.place, range(3), 2, build=work.build, state=b"state", built=here))
+    if start == "fork":
+        assert all(built == here for _, built in only_here)
+
+
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs groups of processes")
-def test_ctrl_c_ends_everything_quietly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(tmp_path: Path, start: str, number: signal.Signals) -> None:
+    """Not when Ctrl-C ends parent and workers, as a terminal does; not when the parent alone is killed,
+    though then the workers finish what they are at."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     with subprocess.Popen(
-        [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        [sys.executable, str(script), start, "60" if number == signal.SIGINT else "0.1"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     ) as process:
         assert process.stdout is not None
-        worker = int(process.stdout.readline())
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers
-        output, complaints = process.communicate(timeout=20)
-    assert (process.returncode, output, complaints) == (130, "interrupted, 0 left\n", "")
-    for _ in range(100):
-        try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.02)
-    pytest.fail("a worker outlived its parent")
+        process.stdout.readline()  # a worker is at work
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        output, complaints = process.communicate(timeout=120)  # until nobody holds the pipe
+        if number == signal.SIGINT:
+            assert (process.returncode, output, complaints) == (130, "interrupted, 0 left\n", "")

@@ -276,6 +276,15 @@ class _Part:
     condition: Tensor | None
     side: bytes
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes as arrays, for tensors would go through shared memory, which may be scarce."""
+        condition = None if self.condition is None else self.condition.numpy()
+        return _part_of, (self.x.numpy(), condition, self.side)
+
+
+def _part_of(x: np.ndarray, condition: np.ndarray | None, side: bytes) -> _Part:
+    return _Part(torch.from_numpy(x), None if condition is None else torch.from_numpy(condition), side)
+
 
 @dataclass(frozen=True)
 class _Coded:
@@ -304,6 +313,10 @@ class _Job:
         self.cells = _Layout(model.space)
         self._condition = None if model.condition is None else _Layout(model.condition)
         self._other: ModelCodec | None = None
+
+    def everywhere(self) -> dict[str, Any]:
+        """What :func:`map_chunks` is told, that its workers have this job."""
+        return {"build": _Job.from_bytes, "state": self.to_bytes(), "built": self}
 
     def to_bytes(self) -> bytes:
         """What another process needs."""
@@ -479,7 +492,7 @@ def compress(
         costs["head"] = _add(writer, HEAD, original.head)
         done = 0
         parts = (_part(original, first, step, job.codec) for first in range(0, original.n, step))
-        for coded in map_chunks(_Job.encode, parts, workers, build=_Job.from_bytes, state=job.to_bytes()):
+        for coded in map_chunks(_Job.encode, parts, workers, **job.everywhere()):
             writer.add(coded.kind, coded.payload, rows=coded.rows, raw_size=coded.raw_size, digest=coded.digest)
             for name, value in coded.costs.items():
                 costs[name] = costs.get(name, 0) + value
@@ -577,7 +590,7 @@ class Archive:
         def parts() -> Iterator[tuple[Tensor, Tensor | None, bytes]]:
             stored = map(self.reader.read, chunks)
             done = 0
-            for part in map_chunks(_Job.decode, stored, workers, build=_Job.from_bytes, state=job.to_bytes()):
+            for part in map_chunks(_Job.decode, stored, workers, **job.everywhere()):
                 yield part.x, part.condition, part.side
                 done += len(part.x)
                 if progress is not None:

@@ -10,10 +10,11 @@ import sys
 import threading
 import traceback
 import types
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 #: Results that may wait for their turn, for each process; arguments are drawn from their iterable no further ahead.
@@ -35,12 +36,14 @@ def map_chunks(
     *,
     build: Callable[[bytes], Any] | None = None,
     state: bytes = b"",
+    built: Any = None,
 ) -> Iterator[Any]:
     """``function(argument)`` for every argument, in order; with ``build``, ``function(built, argument)``.
 
-    One of the workers is this process, which starts at once, while the others (spawned, with one thread each) still
-    import what they need.  An exception is raised where its result would have come, as it is.  However the iteration
-    ends, also by Ctrl-C, the processes end with it.
+    One of the workers is this process; the others have one thread each.  Where that is safe they are forks of this one
+    and at work at once; else they are spawned, and this process works while they import what they need.  An exception
+    is raised where its result would have come, as it is.  However the iteration ends, also by Ctrl-C, the processes
+    end with it.
 
     >>> list(map_chunks(len, [b"ab", b"c"], workers=1))
     [2, 1]
@@ -49,8 +52,9 @@ def map_chunks(
         function: importable by its name (not a lambda, not defined in a script); so are its arguments' classes.
         arguments: drawn a few ahead of the results, so that they need not fit in memory together.
         workers: number of processes at work, this one included; by default one for each core.
-        build: importable as well; called once in each worker.
+        build: importable as well; called once in each worker that has nothing built.
         state: what ``build`` is given, such as a model's bytes.
+        built: what ``build(state)`` gives, if this process has it already; its forks have it with it.
 
     Raises:
         ValueError: fewer than one worker.
@@ -60,16 +64,27 @@ def map_chunks(
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
     if workers == 1:
-        call = _bind(function, build, state)
-        return map(call, arguments)
-    return _Map(function, arguments, workers, build, state).run()
+        return map(_bind(function, build, state, built), arguments)
+    return _Map(function, arguments, workers, build, state, built).run()
 
 
-def _bind(function: Callable[..., Any], build: Callable[[bytes], Any] | None, state: bytes) -> Callable[[Any], Any]:
+def _bind(
+    function: Callable[..., Any], build: Callable[[bytes], Any] | None, state: bytes, built: Any
+) -> Callable[[Any], Any]:
     if build is None:
         return function
-    built = build(state)
+    built = build(state) if built is None else built
     return lambda argument: function(built, argument)
+
+
+def _forks() -> bool:
+    """Whether a fork of this process can go on by itself: no other thread of Python's holds a lock, CUDA is not up."""
+    torch = sys.modules.get("torch")
+    return (
+        sys.platform == "linux"
+        and threading.active_count() == 1
+        and not (torch is not None and torch.cuda.is_initialized())
+    )
 
 
 class _Map:
@@ -82,8 +97,9 @@ class _Map:
         workers: int,
         build: Callable[[bytes], Any] | None,
         state: bytes,
+        built: Any,
     ) -> None:
-        self._job = (function, build, state)
+        self._job, self._built = (function, build, state), built
         self._arguments = iter(arguments)
         self._workers = workers
         self._waiting: deque[tuple[int, Any]] = deque()
@@ -91,19 +107,19 @@ class _Map:
         self._changed = threading.Condition()
         self._over = False
         self._drawn = 0  # arguments taken from their iterable, and its error if it had one
-        self._tasks = 0
 
     def run(self) -> Iterator[Any]:
-        processes: list[SpawnProcess] = []
+        processes: list[BaseProcess] = []
         threads: list[threading.Thread] = []
         call: Callable[[Any], Any] | None = None
         given = 0
         try:
             with _one_thread():
+                self._draw(1)
+                if self._waiting:
+                    self._start(processes, threads)
                 while True:
                     self._draw(given + AHEAD * self._workers)
-                    while len(processes) < min(self._workers - 1, self._tasks - 1):
-                        processes.append(self._start(threads))
                     if given == self._drawn:
                         return
                     with self._changed:
@@ -115,7 +131,7 @@ class _Map:
                     if task is not None:
                         number, argument = task
                         try:
-                            call = call or _bind(*self._job)
+                            call = call or _bind(*self._job, self._built)
                             done: Outcome = ("result", call(argument))
                         except Exception as error:
                             done = ("error", error)
@@ -145,8 +161,11 @@ class _Map:
                 process.close()
 
     def _draw(self, until: int) -> None:
-        """Take arguments from their iterable; an error of the iterable comes in its turn."""
-        while self._drawn < until:
+        """Take arguments from their iterable, so many in all, while fewer wait than there are workers.
+
+        An error of the iterable comes in its turn.
+        """
+        while self._drawn < until and len(self._waiting) < self._workers:
             try:
                 argument = next(self._arguments)
             except StopIteration:
@@ -161,19 +180,23 @@ class _Map:
                 self._waiting.append((self._drawn, argument))
                 self._changed.notify()
             self._drawn += 1
-            self._tasks += 1
 
-    def _start(self, threads: list[threading.Thread]) -> SpawnProcess:
-        ours, theirs = multiprocessing.Pipe()
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=_serve, args=(theirs, *self._job), daemon=True)
-        with _sober_start():
-            process.start()
-        theirs.close()
-        thread = threading.Thread(target=self._feed, args=(ours,), daemon=True)
-        threads.append(thread)
-        thread.start()
-        return process
+    def _start(self, processes: list[BaseProcess], threads: list[threading.Thread]) -> None:
+        """Start the other processes, then, since a fork should have none, the threads that feed them."""
+        forked = _forks()
+        context: Any = multiprocessing.get_context("fork" if forked else "spawn")
+        pipes = [multiprocessing.Pipe() for _ in range(self._workers - 1)]
+        for _, theirs in pipes:
+            others = [end for pair in pipes for end in pair if end is not theirs] if forked else []
+            job = (*self._job, self._built if forked else None)
+            process = context.Process(target=_serve, args=(theirs, others, *job), daemon=True)
+            with _sober_start(forked):
+                process.start()
+            processes.append(process)
+        for ours, theirs in pipes:
+            theirs.close()
+            threads.append(threading.Thread(target=self._feed, args=(ours,), daemon=True))
+            threads[-1].start()
 
     def _feed(self, connection: Connection) -> None:
         """Hand a process one argument after another and gather what it answers; runs in a thread of its own."""
@@ -198,9 +221,18 @@ class _Map:
                     self._changed.notify_all()
 
 
-def _serve(connection: Connection, function: Callable[..., Any], build: Any, state: bytes) -> None:
-    """The life of a worker: answer arguments until the pipe closes, which it also does when the parent dies."""
+def _serve(
+    connection: Connection, others: list[Connection], function: Callable[..., Any], build: Any, state: bytes, built: Any
+) -> None:
+    """The life of a worker: answer arguments until the pipe closes, which it also does when the parent dies.
+
+    Args:
+        others: ends of pipes that a fork has and must not keep open.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for other in others:
+        other.close()
     call: Callable[[Any], Any] | None = None
     with connection, contextlib.suppress(EOFError, OSError):
         while True:
@@ -208,7 +240,7 @@ def _serve(connection: Connection, function: Callable[..., Any], build: Any, sta
             try:
                 if call is None:
                     _limit_threads()
-                    call = _bind(function, build, state)
+                    call = _bind(function, build, state, built)
                     _limit_threads()
                 outcome: Outcome = ("result", call(argument))
             except Exception as error:
@@ -242,11 +274,11 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sober_start() -> Iterator[None]:
+def _sober_start(forked: bool) -> Iterator[None]:
     """Within the context a new process starts deaf to Ctrl-C, with one thread, and without the user's script.
 
     A spawned process imports the main script anew, and a script without ``if __name__ == "__main__"`` would run a
-    second time; nothing of it is needed here.
+    second time; nothing of it is needed here.  (Python warns that a fork has none of its parent's threads.)
     """
     main = sys.modules["__main__"]
     before = {name: os.environ.get(name) for name in _THREADS}
@@ -257,9 +289,12 @@ def _sober_start() -> Iterator[None]:
 
             resource_tracker.ensure_running()  # its own start would end the blocking of the signal
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited
-        sys.modules["__main__"] = types.ModuleType("__main__")
+        if not forked:
+            sys.modules["__main__"] = types.ModuleType("__main__")
         os.environ.update(dict.fromkeys(_THREADS, "1"))
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            yield
     finally:
         sys.modules["__main__"] = main
         for name, value in before.items():
