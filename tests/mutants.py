@@ -51,11 +51,12 @@ from likely.distributions.normal import Normal
 from likely.evaluation import sequences
 from likely.inference.memory import Memory
 from likely.models._flow import Flow as FlowOverCells
+from likely.models._member import Member
 from likely.models.dequantised import Dequantised
 from likely.models.gaussian import Gaussian, _Full
 from likely.models.glow import Glow, GlowStep
 from likely.models.independent import Independent
-from likely.models.made import Made, _MaskedNetwork, _Member
+from likely.models.made import Made
 from likely.models.masked_diffusion import MaskedDiffusion
 from likely.models.mixture import Mixture
 from likely.models.nsf import NSF
@@ -64,6 +65,7 @@ from likely.models.vae import VAE
 from likely.models.vdm import VDM
 from likely.networks import coupling, normconv, winograd
 from likely.networks.attention import Attention
+from likely.networks.cells import MaskedCells
 from likely.networks.features import Features
 from likely.networks.masked import MaskedLinear, MaskedMLP
 from likely.networks.transformer import TransformerLayers
@@ -1043,7 +1045,7 @@ MUTANTS = [
     Mutant(
         "MADE: a cell sees itself",
         told(of_made.test_a_cell_sees_the_cells_before_it_and_no_other, "given"),
-        _MaskedNetwork,
+        MaskedCells,
         "mask",
         "leaving = [place[j] for j in self.outputs]",
         "leaving = [place[j] + 1 for j in self.outputs]",
@@ -1051,7 +1053,7 @@ MUTANTS = [
     Mutant(
         "MADE: a cell does not see the one before it",
         told(of_made.test_a_cell_sees_the_cells_before_it_and_no_other, "given"),
-        _MaskedNetwork,
+        MaskedCells,
         "mask",
         "entering = [place[j] + 1 for j in self.inputs]",
         "entering = [place[j] + 2 for j in self.inputs]",
@@ -1091,7 +1093,7 @@ MUTANTS = [
     Mutant(
         "MADE: members of a cluster that are not there",
         told(of_made.test_a_column_of_many_codes_is_two_and_its_masses_sum_to_one),
-        _Member,
+        Member,
         "_possible",
         "never = last &",
         "never = ~last & last &",

@@ -13,11 +13,12 @@ from torch import Tensor
 from likely.checks import check_model
 from likely.coding.stack import Stack
 from likely.contract import Binary, Column, Integers, NoCodec, Reals, Table, Unsupported
+from likely.distributions.guess import _NORMAL, normal_means
 from likely.distributions.logistic import Recalled
 from likely.inference.memory import Memory
 from likely.inference.normal import JointNormal
 from likely.inference.structure import Rows, Search, Sketch, smoothed
-from likely.models.made import _NORMAL, Made, _normal_means
+from likely.models.made import Made
 from likely.networks.features import PiecewiseLinear
 from likely.noise import StreamNoise
 
@@ -264,7 +265,7 @@ def test_numbers_begin_as_a_normal_regression() -> None:
 def test_logistics_stand_for_a_normal_law(k: int, divergence: float) -> None:
     x = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
     _, scale, v = _NORMAL[k]
-    means = _normal_means(k)
+    means = normal_means(k)
     z = (x[:, None] - means) / scale
     log_weights = torch.log_softmax(-means.square() / (2 * v), 0)
     logistic = torch.nn.functional.logsigmoid(z) + torch.nn.functional.logsigmoid(-z) - math.log(scale)

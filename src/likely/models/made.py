@@ -36,10 +36,8 @@ A column of very many categories is spelled as two, cluster and member of the cl
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,7 +48,6 @@ from likely.contract import (
     Batches,
     Binary,
     Bound,
-    Column,
     Counts,
     Integers,
     Loss,
@@ -60,21 +57,15 @@ from likely.contract import (
     Space,
     Table,
     Tokens,
-    Unsupported,
     noise_or_global,
 )
+from likely.data.spelling import Spelling
 from likely.data.streaming import Reservoir, Seen
-from likely.distributions import Distribution, head, likelihoods
+from likely.distributions import likelihoods
 from likely.distributions.categorical import sample_categories
-from likely.distributions.heads import BernoulliHead, CategoricalHead, Head, TableDistribution, TableHead
-from likely.distributions.single import one_cell
-from likely.inference.memory import Memory
-from likely.inference.normal import MOST_FEATURES, REACH, JointNormal
-from likely.inference.structure import Floats, Graph, Rows, Search, Sketch
-from likely.networks import Features, Linear, ResidualMLP, full_precision, make_activation
-from likely.networks.features import PiecewiseLinear
-from likely.networks.masked import MaskedLinear
-from likely.networks.mlp import glorot
+from likely.distributions.heads import TableDistribution, TableHead
+from likely.models._member import Member
+from likely.networks import Features
 from likely.noise import Noise
 
 if TYPE_CHECKING:
@@ -84,31 +75,6 @@ if TYPE_CHECKING:
 MOST_SKETCHED = 100
 #: Rows from which they are learned, and numbers in these rows.
 SKETCH_ROWS, SKETCH_CELLS = 100_000, 10_000_000
-#: A column with more levels is spelled as two.
-MOST_LEVELS = 1024
-#: A numeric column with far outliers and a value of a larger share (beyond those around it) follows no normal guess.
-MOST_ATOM = 0.5
-#: Largest change of an atom's logit by a normal guess.
-_MOST_TILT = 6.0
-#: Rows to which the joint normal law is fitted.
-NORMAL_ROWS = 5000
-#: Least probability of a code, and least deviation of a number in standard units, that the joint normal law may guess.
-_LEAST_SHARE, _LEAST_DEVIATION = 0.005, 0.01
-#: Logit of a code that cannot be.
-_NEVER = -1e4
-
-#: N(0, 1) as K logistics: spacing of the means, scale, and v of the weights ∝ exp(−m²/2v), for the least divergence
-#: (nats: 0.0095, 0.0022, 0.0007, 0.0003, 0.00014, 0.00007 for K = 1 … 6, 0.00002 for K = 10).
-_NORMAL = {
-    1: (0.343, 0.572, 0.567),
-    2: (1.1171, 0.4637, 0.5107),
-    3: (0.9769, 0.4078, 0.6232),
-    4: (0.8749, 0.3739, 0.6332),
-    5: (0.7930, 0.3491, 0.6576),
-    6: (0.7246, 0.3299, 0.6821),
-    8: (0.6167, 0.3021, 0.7220),
-    10: (0.5351, 0.2833, 0.7501),
-}
 
 
 class Made(Model):
@@ -196,7 +162,7 @@ class Made(Model):
         self.members = nn.ModuleList()
         for k, start in enumerate(starts[:1] if self.any_order else starts):
             self.members.append(
-                _Member(
+                Member(
                     self.spelling,
                     start,
                     learns_order=learned and order == "learned" and k == 0,
@@ -484,14 +450,14 @@ class Made(Model):
 
     # Parts ---------------------------------------------------------------------------------------------------
 
-    def _each(self) -> Iterator[_Member]:
+    def _each(self) -> Iterator[Member]:
         for member in self.members:
-            assert isinstance(member, _Member)
+            assert isinstance(member, Member)
             yield member
 
-    def _member(self, k: int) -> _Member:
+    def _member(self, k: int) -> Member:
         member = self.members[0 if self.any_order else k]
-        assert isinstance(member, _Member)
+        assert isinstance(member, Member)
         return member
 
     def _order(self, k: int) -> list[int]:
@@ -510,524 +476,3 @@ def _unknown(x: Tensor, cells: Sequence[int]) -> Tensor:
     known = x.clone()
     known[:, list(cells)] = torch.nan
     return known
-
-
-class Spelling:
-    """Examples as rows of cells: flattened, and a column of very many categories as two.
-
-    Args:
-        space: of the examples.
-        holes: whether any cell may be unknown to a network that is told so.
-    """
-
-    def __init__(self, space: Space, holes: bool) -> None:
-        self.space = space
-        #: for each cell the flattened cell of the space that it belongs to
-        self.source: list[int] = []
-        #: for the second cell of a split column: the number of members of a cluster, and of codes
-        self.split: dict[int, tuple[int, int]] = {}
-        self.columns: tuple[Column, ...] = ()
-        if isinstance(space, Table):
-            columns: list[Column] = []
-            for j, column in enumerate(space.columns):
-                levels = column.levels or 0
-                if levels > MOST_LEVELS:
-                    size = math.isqrt(levels - 1) + 1
-                    columns.append(replace(column, kind="categorical", levels=-(-levels // size)))
-                    columns.append(replace(column, kind="categorical", levels=size))
-                    self.split[len(columns) - 1] = (size, levels)
-                    self.source += [j, j]
-                else:
-                    columns.append(column)
-                    self.source.append(j)
-            self.inner: Space = Table(columns=tuple(columns))
-        else:
-            self.source = list(range(space.dims))
-            if isinstance(space, Reals):
-                self.inner = Table(
-                    columns=tuple(Column(str(j), "real", missing=space.missing) for j in range(space.dims))
-                )
-            elif isinstance(space, Tokens):
-                self.inner = Tokens(space.length, space.vocab, missing=holes or space.missing)
-            else:
-                self.inner = replace(space, shape=(space.dims,), missing=holes or space.missing)
-        if isinstance(self.inner, Table):
-            self.columns = self.inner.columns
-            self.levels = [column.levels or 0 for column in self.columns]
-        else:
-            self.levels = [_levels(space)] * space.dims
-        firsts = set(range(len(self.source))) - set(self.split)
-        #: cells that are filled together
-        self.rounds = [firsts] if not self.split else [firsts, set(self.split)]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Rows of cells, float64 (or the dtype of real examples that want a gradient), of a batch."""
-        flat = x.reshape(len(x), -1)
-        flat = flat if flat.requires_grad else flat.double()
-        if not self.split:
-            return flat
-        pieces = []
-        for i, j in enumerate(self.source):
-            cell = flat[:, j]
-            if i in self.split:
-                cell = cell % self.split[i][0]
-            elif i + 1 in self.split:
-                cell = (cell / self.split[i + 1][0]).floor()
-            pieces.append(cell)
-        return torch.stack(pieces, 1)
-
-    def read(self, cells: Tensor) -> Tensor:
-        """The batch of rows of cells."""
-        if self.split:
-            pieces: list[Tensor] = []
-            for i in range(len(self.source)):
-                if i in self.split:
-                    pieces[-1] = pieces[-1] * self.split[i][0] + cells[:, i]
-                else:
-                    pieces.append(cells[:, i])
-            cells = torch.stack(pieces, 1)
-        return cells.reshape(len(cells), *self.space.shape)
-
-    def order(self, cells: Sequence[int]) -> list[int]:
-        """An order of the flattened cells of the space as one of the rows: parts of a column follow each other."""
-        return [i for j in cells for i in range(len(self.source)) if self.source[i] == j] if self.split else list(cells)
-
-    def on_grid(self, cells: Tensor) -> Tensor:
-        """Numbers brought to what their columns can hold."""
-        if not self.columns:
-            return cells.round()
-        out = cells.clone()
-        for j, column in enumerate(self.columns):
-            if column.numeric and column.resolution is not None:
-                out[:, j] = column.from_index(column.to_index(cells[:, j]))
-        return out
-
-
-def _levels(space: Space) -> int:
-    if isinstance(space, Integers):
-        return space.levels
-    if isinstance(space, Tokens):
-        return space.vocab
-    return 2 if isinstance(space, Binary) else 0
-
-
-class _Bias(nn.Module):
-    """The output layer of a head whose other numbers come from elsewhere: it adds a bias to them."""
-
-    def __init__(self, numbers: int) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(numbers))
-
-    def forward(self, numbers: Tensor) -> Tensor:
-        return numbers + self.bias
-
-
-class _Member(nn.Module):
-    """One order, its sketch, its network and its head.
-
-    Args:
-        order: the cells in their order, unless ``learns_order``.
-        free: whether cells may be put before the others.
-        sketched: whether it has a sketch.
-        context: width of the context vector, 0 if there is none.
-    """
-
-    order: Tensor
-    follows: Tensor
-    left: Tensor
-    offsets: Tensor
-
-    def __init__(
-        self,
-        spelling: Spelling,
-        order: Sequence[int],
-        *,
-        learns_order: bool,
-        free: bool,
-        any_order: bool,
-        sketched: bool,
-        context: int,
-        hidden: Sequence[int],
-        activation: str,
-        dropout: float,
-        embedding_dim: int,
-        parts: int,
-        likelihood: str,
-        options: dict[str, Any],
-    ) -> None:
-        super().__init__()
-        self.spelling, self.learns_order, self.free, self.any_order = spelling, learns_order, free, any_order
-        space = spelling.inner
-        self.features = Features(space, embedding_dim)
-        numeric = [j for j, column in enumerate(spelling.columns) if column.numeric]
-        self.numeric = numeric
-        self.parts = PiecewiseLinear(len(numeric), parts) if numeric and parts else None
-        inputs = self.features.cell_of_feature() + [j for j in numeric for _ in range(parts)]
-        self.head = _head(likelihood, space, options)
-        self.normal: JointNormal | None = None
-        if sketched and any_order and isinstance(self.head, TableHead):
-            normal = JointNormal(spelling.levels)
-            if 0 < len(normal.cell) <= MOST_FEATURES:
-                self.normal = normal
-                inputs = inputs + normal.cell + normal.cell
-        outputs = self.head.cell_of_number()
-        self.register_buffer("order", torch.tensor(list(order)))
-        network: type[_MaskedNetwork | _KnowingNetwork] = _KnowingNetwork if any_order else _MaskedNetwork
-        self.network: _MaskedNetwork | _KnowingNetwork = network(inputs, outputs, context, hidden, activation, dropout)
-        self.sketch: Sketch | None = None
-        if sketched and not any_order and isinstance(self.head, TableHead | CategoricalHead | BernoulliHead):
-            self.sketch = Sketch(spelling.levels, isinstance(self.head, BernoulliHead))
-        self.memory = Memory(spelling.levels) if self.sketch is not None and isinstance(self.head, TableHead) else None
-        if isinstance(self.head, TableHead):
-            #: which numeric columns follow a normal guess (shape (columns, 1)), what deviation the sketch leaves them,
-            #: and the means of the logistics that are nearly N(0, 1)
-            self.register_buffer("follows", torch.zeros(len(numeric), 1))
-            self.register_buffer("left", torch.ones(len(numeric)))
-            self.register_buffer("offsets", _normal_means(self.head.components), persistent=False)
-        self._mask()
-        self.register_load_state_dict_post_hook(lambda module, _: module._mask())
-
-    @property
-    def cells_in_order(self) -> list[int]:
-        """The cells in their order."""
-        return [int(t) for t in self.order.tolist()]
-
-    def _mask(self) -> None:
-        """Set the masks of the network from the order."""
-        if isinstance(self.network, _MaskedNetwork):
-            self.network.mask(self.cells_in_order)
-
-    # From cells to their law ---------------------------------------------------------------------------------
-
-    def law(self, x: Tensor, context: Tensor | None, only: int | None = None) -> Distribution:
-        """The law of every cell given the known ones that come before it (with any order: all known ones).
-
-        Args:
-            x: shape ``(n, cells)``, NaN where unknown or missing.
-            only: the cell that is asked for, if the laws of the others do not matter.
-        """
-        dtype: torch.dtype = self.head.output.bias.dtype  # type: ignore[assignment,union-attr]
-        shown = x if self.spelling.columns or self.spelling.inner.missing else x.nan_to_num(0.0)
-        h = self.features(shown, dtype)  # type: ignore[arg-type]
-        if self.parts is not None:
-            h = torch.cat([h, self.parts(x[:, self.numeric], dtype)], 1)
-        guess: Tensor | None = None
-        if self.normal is not None:
-            mean, deviation = self.normal(x.detach())
-            h = torch.cat([h, mean.to(dtype), deviation.to(dtype)], 1)
-            guess = self._guessed(self.normal, mean, deviation).to(dtype)
-        numbers = full_precision(self.network(h, context))
-        if self.sketch is not None:
-            numbers = numbers + self._sketched(x, only).to(numbers.dtype)
-        if guess is not None:
-            numbers = numbers + guess
-        return self.head(self._possible(x, numbers))
-
-    def cell(self, x: Tensor, t: int, context: Tensor | None) -> Distribution:
-        """The law of one cell, shape ``(n, 1)``."""
-        return one_cell(self.law(x, context, t), t)
-
-    def _sketched(self, x: Tensor, only: int | None) -> Tensor:
-        assert self.sketch is not None
-        log_probs, means = self.sketch(x.detach())
-        if not isinstance(self.head, TableHead) or not self.numeric:
-            return log_probs
-        deviations, near = self.left.to(means).expand_as(means), None
-        if self.memory is not None and not self.memory.empty:
-            log_probs = self.memory.codes(x, log_probs, only)
-            some = [i for i, a in enumerate(self.memory.of_numbers.tolist()) if a and only in (None, self.numeric[i])]
-            if some:
-                found = self.memory.numbers_near(x, self._standard(self.head, x), means)
-                near = torch.tensor(some, device=x.device), *(piece[:, some] for piece in found)
-        return torch.cat([log_probs, self._following(self.head, means, deviations, near)], 1)
-
-    def _standard(self, head: TableHead, x: Tensor) -> Tensor:
-        """The numeric cells in standard units."""
-        return (x[:, self.numeric].to(head.unit) - head.location) / head.unit
-
-    def _following(
-        self, head: TableHead, mean: Tensor, deviation: Tensor, near: tuple[Tensor, ...] | None = None
-    ) -> Tensor:
-        """Numbers of the numeric columns that follow a normal guess: shape ``(n, columns · per_column)``.
-
-        The logistics become the normal law, and the logit of an atom v gets log N(v; mean, deviation²) − log N(v; 0, 1)
-        in standard units: what the guess makes of v beside what the column's marginal does.
-
-        Args:
-            near: numbers of some of the columns, and mean, deviation and share of another normal law that is mixed into
-                theirs; the logistics become the normal law with the mixture's mean and variance.
-        """
-        z = ((head.atoms - head.location.unsqueeze(1)) / head.unit.unsqueeze(1)).to(mean).clamp(-REACH, REACH)
-        tilt = _tilt(z, mean, deviation.clamp(min=_LEAST_DEVIATION))
-        if near is not None:
-            some, nearer, spread, share = near
-            other = _tilt(z[some], nearer, spread.clamp(min=_LEAST_DEVIATION))
-            tilt = tilt.index_copy(1, some, _mixed(tilt[:, some], other, share.unsqueeze(2)))
-            moments = _moments(mean[:, some], deviation[:, some], nearer, spread, share)
-            mean, deviation = (old.index_copy(1, some, new) for old, new in zip((mean, deviation), moments))
-        k, count, atoms = head.components, len(self.numeric), head.atoms.shape[1]
-        follows = self.follows.to(mean).squeeze(1)
-        spread = deviation.clamp(min=_LEAST_DEVIATION)
-        means = (mean.unsqueeze(2) + spread.unsqueeze(2) * self.offsets.to(mean)) * follows.unsqueeze(1)
-        scales = (spread.log() * follows).unsqueeze(2).expand(-1, -1, k)
-        blank = mean.new_zeros(len(mean), count, k)
-        pieces = [blank, means, scales]
-        if atoms:
-            pieces.append(tilt.clamp(-_MOST_TILT, _MOST_TILT) * follows.unsqueeze(1))
-        if head.recall:
-            pieces.append(mean.new_zeros(len(mean), count, 1))
-        return torch.cat(pieces, 2).flatten(1)
-
-    def _guessed(self, normal: JointNormal, mean: Tensor, deviation: Tensor) -> Tensor:
-        """The normal law's guesses as numbers for the head: logits of codes, means and scales of numeric columns."""
-        head, count = self.head, len(normal.numeric)
-        assert isinstance(head, TableHead)
-        places = [count + i for i in range(len(normal.cell) - count)]
-        pieces, at = [], 0
-        for j, levels in zip(head.coded, head.levels):
-            if any(j == column for column, _ in normal.coded):
-                pieces.append(mean[:, places[at : at + levels]].clamp(_LEAST_SHARE, 1.0).log())
-                at += levels
-            else:
-                pieces.append(mean.new_zeros(len(mean), levels))
-        if count:
-            pieces.append(self._following(head, mean[:, :count], deviation[:, :count]))
-        return torch.cat(pieces, 1)
-
-    def _possible(self, x: Tensor, numbers: Tensor) -> Tensor:
-        """The numbers without the codes that cannot be: members that the last cluster does not have."""
-        for j, (size, levels) in self.spelling.split.items():
-            assert isinstance(self.head, TableHead)
-            start = sum(self.head.levels[: self.head.coded.index(j)])
-            last = (x[:, j - 1] == self.spelling.levels[j - 1] - 1).unsqueeze(1)
-            rest = levels - (self.spelling.levels[j - 1] - 1) * size
-            place = torch.arange(numbers.shape[1], device=x.device)
-            never = last & (place >= start + rest) & (place < start + size)
-            numbers = torch.where(never, torch.full_like(numbers, _NEVER), numbers)
-        return numbers
-
-    # Beginning -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def initialise(self, batches: Batches, rows: Tensor | None, whole: bool) -> None:
-        """Scales and biases from the batches; order and sketch from a sample of their rows, or from the ``whole``."""
-        self.features.initialise(batches)
-        if self.parts is not None:
-            self.parts.initialise(x[:, self.numeric] for x, _ in batches)
-        self.head.initialise(batches)
-        if self.sketch is not None and rows is not None and len(rows):
-            self._sketch(self.sketch, rows, self._recalled() if whole else [])
-        if self.normal is not None and rows is not None and len(rows):
-            self._begin_joint(self.normal, rows)
-
-    def _begin_joint(self, normal: JointNormal, rows: Tensor) -> None:
-        """Fit the joint normal law, and let the head begin at its guesses."""
-        head = self.head
-        assert isinstance(head, TableHead)
-        normal.fit(rows[:NORMAL_ROWS], head.location, head.unit)
-        bias = head.output.bias
-        assert isinstance(bias, Tensor)
-        guessed = {j for j, _ in normal.coded}
-        at = 0
-        for j, levels in zip(head.coded, head.levels):
-            if j in guessed:
-                bias[at : at + levels] = 0.0
-            at += levels
-        for i, row in enumerate(bias[at:].reshape(-1, head.per_column)):
-            self._follow(head, row, i, rows[:, self.numeric[i]])
-
-    def _recalled(self) -> list[int]:
-        """Columns whose values come again, though their grid is fine."""
-        if not isinstance(self.head, TableHead) or not self.head.recall:
-            return []
-        return [j for j, size in zip(self.numeric, self.head.recalled_sizes.tolist()) if size]
-
-    def _sketch(self, sketch: Sketch, cells: Tensor, recalled: Sequence[int]) -> None:
-        """Learn graph and order; the first of the recalled columns that says something of others is remembered."""
-        location, unit = np.zeros(0), np.ones(0)
-        if isinstance(self.head, TableHead):
-            location, unit = self.head.location.cpu().numpy(), self.head.unit.cpu().numpy()
-        x = cells.numpy().copy()
-        x[:, self.numeric] = (x[:, self.numeric] - location) / unit
-        rows = Rows(x, self.spelling.levels)
-        left = np.ones(0)
-        for column in [*recalled, None]:
-            first = [column] if column is not None and self.free else []
-            search = Search(rows, required={j: j - 1 for j in self.spelling.split}, roots=first)
-            rest = [j for j in self.cells_in_order if j not in first]
-            graph: Graph = search.graph(None if self.learns_order else first + rest)
-            left = sketch.fit(rows, graph, search, location, unit)
-            if column is not None and self._remember(sketch, column, graph.order, cells, left):
-                break
-        self.order.copy_(torch.tensor(graph.order))
-        self._mask()
-        bias = self.head.output.bias
-        assert isinstance(bias, Tensor)
-        coded = sum(levels if not sketch.binary else 1 for levels in self.spelling.levels if levels)
-        bias[:coded] = 0.0
-        if isinstance(self.head, TableHead) and self.numeric:
-            self.left.copy_(torch.from_numpy(left))
-            for i, row in enumerate(bias[coded:].reshape(len(self.numeric), -1)):
-                self._follow(self.head, row, i, cells[:, self.numeric[i]])
-
-    def _remember(self, sketch: Sketch, column: int, order: Sequence[int], cells: Tensor, left: Floats) -> bool:
-        """Remember the values of a column, if they say something of those after it in the order."""
-        assert self.memory is not None and isinstance(self.head, TableHead)
-        log_probs, means = map(torch.cat, zip(*(sketch(x) for x in cells.split(4096))))
-        after = order[list(order).index(column) + 1 :]
-        z = self._standard(self.head, cells)
-        self.memory.fit(column, after, cells, z, log_probs, means, torch.from_numpy(left))
-        return not self.memory.empty
-
-    def _follow(self, head: TableHead, bias: Tensor, i: int, cells: Tensor) -> None:
-        """Let a numeric column follow a normal guess, unless most of it is one value and the rest is far away.
-
-        Its logistics begin as a normal law, its atoms with what they have beyond the values around them.
-        """
-        k, share = head.components, 0.0
-        self.follows[i] = 0.0
-        if k not in _NORMAL:
-            return
-        if head.atoms.shape[1] and head.has_atom[i].any():
-            beyond = _beyond(cells, head.atoms[i][head.has_atom[i]], float(head.resolution[i]), float(head.unit[i]))
-            far = (cells[~torch.isnan(cells)] - head.location[i].cpu()).abs().max() / head.unit[i].cpu()
-            if beyond.max() > MOST_ATOM and far > REACH:
-                return
-            bias[3 * k : 3 * k + head.atoms.shape[1]][head.has_atom[i]] = beyond.log().to(bias)
-            share = float(beyond.sum())
-        if head.recall and head.recalled_sizes[i] > 0:
-            share += float(bias[-1].exp())
-        _, scale, v = _NORMAL[k]
-        weights = torch.log_softmax(-_normal_means(k).square() / (2.0 * v), 0)
-        bias[:k] = weights + math.log(max(1.0 - share, 0.05))
-        bias[k : 2 * k] = 0.0
-        bias[2 * k : 3 * k] = math.log(scale)
-        self.follows[i] = 1.0
-
-
-def _tilt(z: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """log N(z; mean, deviation²) − log N(z; 0, 1), shape ``(n, columns, values)`` of z ``(columns, values)``."""
-    away = (z - mean.unsqueeze(2)) / deviation.unsqueeze(2)
-    return 0.5 * z.square() - 0.5 * away.square() - deviation.log().unsqueeze(2)
-
-
-def _mixed(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
-    """Logarithm of a mixture of two laws."""
-    top = torch.maximum(first, second)
-    return top + ((1.0 - share) * (first - top).exp() + share * (second - top).exp()).log()
-
-
-def _moments(mean: Tensor, deviation: Tensor, nearer: Tensor, spread: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of a mixture of two laws."""
-    apart = nearer - mean
-    within = (1.0 - share) * deviation.square() + share * spread.square()
-    return mean + share * apart, (within + (1.0 - share) * share * apart.square()).sqrt()
-
-
-def _beyond(cells: Tensor, atoms: Tensor, step: float, unit: float) -> Tensor:
-    """Share of the cells that each atom has beyond the values around it, within a quarter of a deviation; positive."""
-    values = cells[~torch.isnan(cells)].to(atoms)
-    reach = max(1, round(0.25 * unit / step))
-    excess = []
-    for atom in atoms:
-        distance = ((values - atom) / step).round().abs()
-        around = ((distance <= reach) & (distance > 0)).double().mean() / (2 * reach)
-        excess.append((distance == 0).double().mean() - around)
-    return torch.stack(excess).clamp(min=1e-4)
-
-
-def _normal_means(k: int) -> Tensor:
-    """Means of the K logistics that are nearly N(0, 1)."""
-    spacing = _NORMAL[k][0] if k in _NORMAL else 0.0
-    return spacing * (torch.arange(k, dtype=torch.float64) - (k - 1) / 2)
-
-
-def _head(likelihood: str, space: Space, options: dict[str, Any]) -> Head:
-    """The head of that name, whose output layer is a bias: its numbers are made before it."""
-    made = head(likelihood, space, (1,), **options)
-    if not isinstance(made, TableHead) and made.__class__.__name__ == "MultinomialHead":
-        raise Unsupported("likelihood: 'multinomial' makes a total of the cells, which this model gives one by one")
-    made.output = _Bias(len(made.cell_of_number()))
-    return made
-
-
-class _MaskedNetwork(nn.Module):
-    """Residual masked layers: numbers of a cell depend on the features of the cells before it, and on the context."""
-
-    def __init__(
-        self,
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        context: int,
-        hidden: Sequence[int],
-        activation: str,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.inputs, self.outputs = list(inputs), list(outputs)
-        cells = max([*inputs, *outputs]) + 1
-        # Units of degree 0 see the context alone.
-        lowest = 0 if context or cells == 1 else 1
-        count = max(cells - lowest, 1)
-        degrees = [sorted(cells - 1 - i * count // width for i in range(width)) for width in hidden]
-        self.degrees = degrees
-        self.first = MaskedLinear([0] * len(inputs), degrees[0])
-        self.context = Linear(context, hidden[0], bias=False) if context else None
-        self.layers = nn.ModuleList(MaskedLinear(a, b) for a, b in itertools.pairwise(degrees))
-        self.output = MaskedLinear(degrees[-1], [0] * len(outputs), bias=False)
-        self.skip = MaskedLinear([0] * len(inputs), [0] * len(outputs), bias=False)
-        for layer in (self.first, *self.layers):
-            glorot(layer)  # type: ignore[arg-type]
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.skip.weight)
-        self.activation = make_activation(activation)
-        self.dropout = nn.Dropout(dropout)
-
-    def mask(self, order: Sequence[int]) -> None:
-        """Let the cells stand in this order."""
-        place = {cell: p for p, cell in enumerate(order)}
-        entering = [place[j] + 1 for j in self.inputs]
-        leaving = [place[j] for j in self.outputs]
-        self.first.set_degrees(entering, self.degrees[0])
-        self.output.set_degrees(self.degrees[-1], leaving)
-        self.skip.set_degrees(entering, leaving)
-
-    def speaking(self) -> list[Tensor]:
-        """The weights by which it changes what it is added to."""
-        return [self.output.weight, self.skip.weight]
-
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        h = self.first(x)
-        if self.context is not None:
-            h = h + self.context(context)
-        h = self.dropout(self.activation(h))
-        for layer in self.layers:
-            h = h + self.dropout(self.activation(layer(h)))
-        return self.output(h) + self.skip(x)
-
-
-class _KnowingNetwork(nn.Module):
-    """A residual network on the features of the known cells, which say of the others that they are unknown."""
-
-    def __init__(
-        self,
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        context: int,
-        hidden: Sequence[int],
-        activation: str,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.body = ResidualMLP(len(inputs) + context, hidden, activation, dropout)
-        self.output = Linear(self.body.out_features, len(outputs), bias=False)
-        self.skip = Linear(len(inputs), len(outputs), bias=False)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.skip.weight)
-
-    def speaking(self) -> list[Tensor]:
-        """The weights by which it changes what it is added to."""
-        return [self.output.weight, self.skip.weight]
-
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        return self.output(self.body(x if context is None else torch.cat([x, context], 1))) + self.skip(x)
