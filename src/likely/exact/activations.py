@@ -20,7 +20,7 @@ from likely.exact.profiles import Profile, Rule, check, parts
 #: Entries per unit.
 STEPS = 256
 #: Numbers that are looked up together.
-_TOGETHER = 1 << 16
+_TOGETHER = 1 << 17
 
 
 @dataclass(frozen=True)
