@@ -482,6 +482,25 @@ def test_parameters_do_not_see_their_batch(kind: Any) -> None:
         np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", [Muon, Shampoo, SOAP])
+def test_a_batch_shares_memory_and_its_saved_state_does_not(kind: Any) -> None:
+    """Also when one of its parameters has no gradient for a while, so that the others do not fill the memory."""
+    options = {"precision": "full"} if kind is Muon else {"interval": 1}
+    together, alone = ([parameter((4, 5)) for _ in range(3)] for _ in range(2))
+    optimizer, separate = kind(together, lr=0.01, **options), [kind([p], lr=0.01, **options) for p in alone]
+    for number, row in enumerate(zip(*(gradients((4, 5), 9, seed) for seed in range(3)))):
+        for i, g in enumerate(row):
+            together[i].grad = alone[i].grad = None if i == 1 and number in (3, 4) else torch.from_numpy(g)
+            separate[i].step()
+        optimizer.step()
+    for p, q in zip(together, alone):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+    name = "momentum" if kind is Muon else "basis.0"
+    assert len({optimizer.state[p][name].untyped_storage().data_ptr() for p in together}) == 1
+    saved = [state[name] for state in optimizer.state_dict()["state"].values()]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in saved}) == 3
+
+
 @pytest.mark.parametrize("interval", [1, 4, 30])
 def test_turns_share_out_the_renewals(interval: int) -> None:
     shapes = [(30, 30), (30, 20), (10, 10), (20,), (10, 10), (10, 10), (16, 16)]
