@@ -823,6 +823,29 @@ def test_more_text_than_the_original_had_is_refused(tmp_path):
         put_together(schema, original.head, [(x, condition, side)] * 2)
 
 
+@pytest.mark.parametrize("format", ["lines", "fasta", "text"])
+def test_a_damaged_head_of_sequences_is_named(tmp_path, format):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b">one\nACGT\n>two\nAC\n" if format == "fasta" else b"etna\nita\nto\n" * 40)
+    schema = infer_schema(path, format=format)
+    original = take_apart(schema, path)
+    rows = original.rows()
+    part = (rows.x, rows.condition, rows.side)
+    facts = json.loads(original.head)
+    named = 0
+    for name in facts:
+        for value in (None, -1, [], "x", {}, [{}], 10**30):
+            head = json.dumps({**facts, name: value}).encode()
+            with contextlib.suppress(DataError):
+                put_together(schema, head, [part])
+        head = json.dumps({key: value for key, value in facts.items() if key != name}).encode()
+        try:
+            put_together(schema, head, [part])
+        except DataError as error:
+            named += "head is damaged" in str(error)
+    assert named >= 2
+
+
 def test_a_damaged_head_is_named(clean):
     schema, path = clean
     original = take_apart(schema, path)

@@ -118,7 +118,8 @@ class TextOriginal(Original):
 
 
 def _text_pieces(form: SequenceForm, facts: Mapping[str, Any], parts: Iterable[Part], first: int) -> Iterator[bytes]:
-    left = whole(facts["size"]) - first * form.length
+    with intact("head"):
+        left = whole(facts["size"]) - first * form.length
     for x, _, side in parts:
         codes = _checked(form, x).reshape(-1)[: max(left, 0)]
         left -= len(codes)
@@ -269,8 +270,9 @@ def _digest_texts(texts: Sequence[str]) -> tuple[bytes, int]:
 
 def _line_parts(form: SequenceForm, facts: Mapping[str, Any], parts: Iterable[Part], first: int) -> Iterator[list[str]]:
     """The lines, records or strings of each part."""
-    symbols, media = Symbols(form), facts["media"]
-    n, size, row = whole(facts["n"]), whole(facts["size"]), first
+    symbols, media, row = Symbols(form), facts["media"], first
+    with intact("head"):
+        n, size = whole(facts["n"]), whole(facts["size"])
     for x, _, side in parts:
         texts = symbols.make(x)
         row += len(texts)
@@ -357,8 +359,9 @@ def _line_pieces(
     first: int,
     keep: tuple[int, int] | None = None,
 ) -> Iterator[bytes]:
-    left = whole(facts["size"])
-    yield bytes.fromhex(facts["mark"])
+    with intact("head"):
+        left, mark, rest = whole(facts["size"]), bytes.fromhex(facts["mark"]), bytes.fromhex(facts["rest"])
+    yield mark
     yield encode(str(facts.get("start", "")), facts["encoding"])
     for lines in _kept(_line_parts(form, facts, parts, first), first, keep):
         piece = encode("".join(lines), facts["encoding"])
@@ -366,7 +369,7 @@ def _line_pieces(
         if left < 0:
             raise damaged("more than the bytes of the original")
         yield piece
-    yield bytes.fromhex(facts["rest"])
+    yield rest
 
 
 class RestoredStrings(Restored):
