@@ -233,11 +233,11 @@ class Autoregressive(Bijection):
             with without_autocast(x):
                 return self.forward(full_precision(x), None if context is None else full_precision(context))
         flat = x if x.dim() == 2 else x.flatten(1)
-        arguments = (flat, self.network.shift(context), *self.network.weights_and_biases())
-        if isinstance(self.transform, Written) and serves(*arguments):
-            z, log_det = _LeanStep.apply(self, *arguments)
+        shift, weights_and_biases = self.network.shift(context), self.network.weights_and_biases()
+        if isinstance(self.transform, Written) and serves(flat, shift, *weights_and_biases):
+            z, log_det = _LeanStep.apply(self, flat, shift, *weights_and_biases)
         else:
-            z, log_det = self._plain(*arguments)
+            z, log_det = self._plain(flat, shift, *weights_and_biases)
         return z if x.dim() == 2 else z.reshape(x.shape), log_det
 
     def cells(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -279,6 +279,7 @@ class _LeanStep(torch.autograd.Function):
     def forward(
         ctx: Any, step: Autoregressive, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor
     ) -> tuple[Tensor, Tensor]:
+        assert isinstance(step.transform, Written)
         columns = x.t().contiguous()
         numbers, of_network = step.network.lean(columns, shift, *weights_and_biases)
         z, log_slope, of_transform = step.transform.lean(columns, numbers)

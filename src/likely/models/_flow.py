@@ -234,8 +234,7 @@ class Flow(Model):
 
     def _log_units(self) -> Tensor:
         """What each numeric cell's units contribute: log s on a grid, and −log σ."""
-        units = self.unit if self.kind == "exact" else self.unit / torch.where(self.spacing > 0, self.spacing, 1.0)
-        return -units.log()
+        return torch.where(self.spacing > 0, self.spacing, 1.0).log() - self.unit.log()
 
     def _context(self, x: Tensor, condition: Tensor | None) -> Tensor | None:
         return self._context_of(x[:, self._coded] if self._coded else None, condition)
