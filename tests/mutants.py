@@ -29,6 +29,7 @@ import test_diffusion as of_diffusion
 import test_distillation as of_distillation
 import test_glow as of_glow
 import test_made as of_made
+import test_many_levels as of_many_levels
 import test_masked_diffusion as of_masked_diffusion
 import test_transformer as of_transformer
 from likely import units
@@ -45,6 +46,7 @@ from likely.data.preprocessing import Dequantise, Logit, Preprocessed, Standardi
 from likely.diffusion import bound, distillation, levels, likelihood, parameterisation, samplers
 from likely.diffusion.data import TableData
 from likely.distributions import logistic
+from likely.distributions.clustered import Clustered
 from likely.distributions.counts import NegativeBinomial
 from likely.distributions.logistic import GridLogisticMixture, Recalled
 from likely.distributions.normal import Normal
@@ -1089,6 +1091,22 @@ MUTANTS = [
         "codes",
         "if self.training:",
         "if not self.training:",
+    ),
+    Mutant(
+        "many categories: a member without its cluster",
+        told(of_many_levels.test_the_law_sums_to_one_and_is_what_is_drawn),
+        Clustered,
+        "log_prob",
+        "Categorical(self.logits).log_prob(clusters) + ",
+        "",
+    ),
+    Mutant(
+        "many categories: members of another cluster",
+        told(of_many_levels.test_the_law_sums_to_one_and_is_what_is_drawn),
+        Clustered,
+        "members",
+        "self.table[clusters]",
+        "self.table[torch.zeros_like(clusters)]",
     ),
     Mutant(
         "MADE: members of a cluster that are not there",
