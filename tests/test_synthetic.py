@@ -78,6 +78,7 @@ def test_each_kind_of_bad_sample_is_seen_by_some_measure(parts: dict[str, np.nda
     assert synthetic.column_shapes(parts["real"], parts["shuffled"], SPACE) == 1.0
     assert shuffled["column shapes"].value > shuffled["column shapes"].reference
     assert shuffled["pairs of columns"].value < same["pairs of columns"].value - 0.1
+    assert shuffled["detection"].value < 0.5 < 0.85 < same["detection"].value
     assert shuffled["efficacy"].value < 0.6 < 0.85 < same["efficacy"].value
     # 450 of the 1,500 training rows are there to be near to: 0.3 of the copies meet their original, of the others half
     assert copy["nearer to training rows"].value == pytest.approx(0.3 + 0.7 / 2, abs=0.06)
