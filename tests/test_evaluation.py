@@ -278,6 +278,12 @@ def test_a_column_that_is_not_finite_is_named():
         column_nats(Cells(space), Dataset(space, x), batch_size=2)
 
 
+def test_values_that_differ_by_rounding_are_equal() -> None:
+    reference = torch.tensor([-30.0, -20.0, -10.0], dtype=torch.float64)
+    rounded = torch.nextafter(reference, torch.full_like(reference, -100.0))
+    assert tail_probability(reference, rounded).tolist() == tail_probability(reference, reference).tolist()
+
+
 def test_tail_probability_is_the_conformal_p_value():
     rng = np.random.default_rng(0)
     reference, new = rng.integers(0, 30, 200) / 7, rng.integers(-3, 33, (5, 20)) / 7  # with ties

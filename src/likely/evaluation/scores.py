@@ -17,6 +17,9 @@ from likely.evaluation.heldout import (
     held_out,
 )
 
+#: Relative difference up to which two log-likelihoods are equal.
+_TIE = 1e-9
+
 
 def example_nats(
     model: Model,
@@ -72,7 +75,8 @@ def tail_probability(reference_nats: Tensor, nats: Tensor) -> Tensor:
 
     A conformal p-value: if an example comes from the source of the reference examples, and the model was not fitted to
     these, then P(value ≤ a) ≤ a for every a.  Small values are outliers.  With the *training* examples as reference a
-    model that has overfitted gives values that are too small.
+    model that has overfitted gives values that are too small.  Values that differ by no more than rounding, as those of
+    one example in batches of different sizes, count as equal.
 
     >>> tail_probability(torch.tensor([-3.0, -2.0, -1.0]), torch.tensor([-9.0, -2.0, 0.0])).tolist()
     [0.25, 0.75, 1.0]
@@ -94,5 +98,7 @@ def tail_probability(reference_nats: Tensor, nats: Tensor) -> Tensor:
                 f"{name}: expected numbers, got NaN at position {int(torch.isnan(values).nonzero()[0][0])}"
             )
     ordered = reference_nats.double().cpu().sort().values
-    below = torch.searchsorted(ordered, nats.double().cpu().contiguous(), right=True)
+    values = nats.double().cpu()
+    values = values + _TIE * values.abs().clamp(min=1.0)
+    below = torch.searchsorted(ordered, values.contiguous(), right=True)
     return (1.0 + below.double()) / (1.0 + len(ordered))
