@@ -161,8 +161,8 @@ def table(rows: list[dict[str, Any]], samples: int, images: int) -> list[str]:
             "",
             f"The flow raises L_1 by {gain:.2f} ± {gain_error:.2f} nats and narrows the gap by",
             f"{less:.2f} ± {less_error:.2f} (paired over images); in the paper, with 2 steps, by",
-            f"{-82.02 + 84.08:.2f} and {3.00 - 2.25:.2f}.  The steps were set before the training from measured costs, for equal processor",
-            "time; what was spent is in the table.",
+            f"{-82.02 + 84.08:.2f} and {3.00 - 2.25:.2f}.  The steps were set before the training from measured costs,",
+            "for equal processor time; what was spent is in the table.",
         ]
     return lines
 
