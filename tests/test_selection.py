@@ -14,7 +14,7 @@ import torch
 import likely
 from likely.contract import Reals, Table, Unsupported
 from likely.data import Dataset
-from likely.training import TrainOptions
+from likely.training import TrainOptions, selection
 from likely.training.selection import Candidate, choose, shortlist
 
 DATA = Dataset(Reals((2,)), torch.zeros(10, 2))
@@ -59,6 +59,27 @@ def test_closed_form_wins_where_it_is_best_and_larger_ones_that_lose_end_their_f
     best, trials = _choose({1: -8.0, 2: -2.0, 3: -3.0, 4: -1.0})
     assert best == Candidate("gaussian", {"rank": 2})
     assert "gaussian 4" not in [name for name, _ in trials]
+
+
+def test_slow_closed_forms_leave_a_quarter_to_models_that_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(selection, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def trainer(model: str, train_set: Any, valid_set: Any, options: TrainOptions, progress: bool) -> Any:
+        clock.now += 55.0 if model == "gaussian" else options.budget or 0.0
+        return SimpleNamespace(valid={"nats": -9.0 if model == "gaussian" else -8.0})
+
+    candidates = [Candidate("gaussian"), Candidate("made"), Candidate("vae")]
+    chosen = choose(
+        candidates,
+        lambda name, _: name,
+        DATA,
+        DATA,
+        TrainOptions(budget=60.0),
+        trainer=trainer,  # type: ignore
+    )
+    assert chosen.candidate.name != "gaussian"
+    assert sum(trial.length or 0.0 for trial in chosen.trials) <= 15.0
 
 
 def test_what_is_not_defined_is_passed_over() -> None:

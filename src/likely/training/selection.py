@@ -2,7 +2,8 @@
 
 Every candidate is fitted for a short time, the better half goes on for twice as long, and so on until one is left
 (Jamieson & Talwalkar 2016, arXiv:1502.07943, algorithm 1).  Models in closed form take part once, with all they need.
-Half of the budget is spent so; the other half is left to whoever fits the winner.
+Half of the budget is spent so, and a quarter for models that train even where those in closed form took longer; the
+rest is left to whoever fits the winner.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def choose(
     # 2. rungs of trained models
     running = [c for c in candidates if not c.closed_form]
     rungs = max(1, len(running).bit_length())
-    left = whole / 2 if by_steps else whole / 2 - (time.monotonic() - started)
+    left = whole / 2 if by_steps else max(whole / 2 - (time.monotonic() - started), whole / 4)
     for rung in range(rungs):
         length = left / rungs / max(len(running), 1)
         if not running or length < (LEAST_STEPS if by_steps else LEAST_SECONDS):
