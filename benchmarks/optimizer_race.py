@@ -13,7 +13,8 @@ length would have reached, and no schedule favours anyone.
 Tuning, with seed 0: the learning rates of GRID at decay DECAYS[0], going on outwards while the best is at the edge;
 then the other decays at the best learning rate.  The best setting is run with the seeds of SEEDS.  The target is what
 AdamW's best setting reaches at the end of its budget, the median of its seeds; steps and processor seconds to it are
-those at which the curve falls to it, linearly interpolated.  Seconds are those of training steps alone, one thread.
+those at which the curve falls to it, linearly interpolated.  Seconds are those of training steps alone, one thread; a
+time is told for a machine on which AdamW's best setting has run too.
 
 ``run`` writes a line of JSON for every run to DIR/runs.jsonl, leaves out what is there already, and may be killed at
 any time.  ``table`` reads that file, whole or not.
@@ -57,9 +58,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, float, float], Any]] = {
     "soap": lambda model, lr, decay: SOAP(model.parameters(), lr, weight_decay=decay),
     "shampoo": lambda model, lr, decay: Shampoo(model.parameters(), lr, weight_decay=decay),
     "muon": lambda model, lr, decay: Muon(matrix_groups(model), lr, weight_decay=decay),
-    "muon, 3 iterations": lambda model, lr, decay: Muon(
-        matrix_groups(model), lr, weight_decay=decay, iterations=3, floor=0.013
-    ),
+    "muon, 4 iterations": lambda model, lr, decay: Muon(matrix_groups(model), lr, weight_decay=decay, iterations=4),
     "nadam": lambda model, lr, decay: NAdam(model.parameters(), lr, weight_decay=decay, decay="lr"),
     "amsgrad": lambda model, lr, decay: AdamW(model.parameters(), lr, weight_decay=decay, amsgrad=True),
     "adamax": lambda model, lr, decay: AdaMax(model.parameters(), lr, weight_decay=decay, decay="lr"),
@@ -265,26 +264,36 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "runs.jsonl"
         self.runs: dict[tuple[str, str, float, float, int], dict[str, Any]] = {}
+        self.again: list[dict[str, Any]] = []  # runs of the same on other machines
         if self.path.exists():
             for line in self.path.read_text().splitlines():
-                record = json.loads(line)
-                self.runs[self._key(record)] = record
+                self._add(json.loads(line))
 
     @staticmethod
-    def _key(record: dict[str, Any]) -> tuple[str, str, float, float, int]:
+    def key(record: dict[str, Any]) -> tuple[str, str, float, float, int]:
         return record["task"], record["optimizer"], record["lr"], record["decay"], record["seed"]
 
-    def run(self, task: str, optimizer: str, lr: float, decay: float, seed: int) -> dict[str, Any]:
-        """The record of a run, which is made if it was not yet."""
-        key = (task, optimizer, lr, decay, seed)
-        if key not in self.runs:
-            result = train(TASKS[task](seed), OPTIMIZERS[optimizer], lr, decay)
-            names = dict(zip(("task", "optimizer", "lr", "decay", "seed"), key))
-            with self.path.open("a") as file:
-                file.write(json.dumps({**names, **result}) + "\n")
-            self.runs[key] = {**names, **result}
-            print(task, optimizer, lr, decay, seed, reached(self.runs[key]), result["seconds"][-1], flush=True)
-        return self.runs[key]
+    def run(self, task: str, optimizer: str, lr: float, decay: float, seed: int, here: bool = False) -> dict[str, Any]:
+        """The record of a run, which is made if it was not yet, on this kind of processor or on any."""
+        key, processor = (task, optimizer, lr, decay, seed), machine()["processor"]
+        known = [run for run in [*self.runs.values(), *self.again] if self.key(run) == key]
+        if here:
+            known = [run for run in known if run["processor"] == processor]
+        if known:
+            return known[0]
+        names = dict(zip(("task", "optimizer", "lr", "decay", "seed"), key))
+        record = {**names, "processor": processor, **train(TASKS[task](seed), OPTIMIZERS[optimizer], lr, decay)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self._add(record)
+        print(task, optimizer, lr, decay, seed, reached(record), record["seconds"][-1], flush=True)
+        return record
+
+    def _add(self, record: dict[str, Any]) -> None:
+        if self.key(record) in self.runs:
+            self.again.append(record)
+        else:
+            self.runs[self.key(record)] = record
 
 
 def reached(record: dict[str, Any]) -> float:
@@ -316,7 +325,7 @@ def race(log: Log, tasks: list[str]) -> None:
         for optimizer in entrants(task):
             lr, decay = tuned(log, task, optimizer)
             for seed in SEEDS:
-                log.run(task, optimizer, lr, decay, seed)
+                log.run(task, optimizer, lr, decay, seed, here=optimizer == "adamw")  # times are divided by its
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -352,7 +361,11 @@ def table(log: Log) -> dict[str, Any]:
         base = done["adamw"][1]
         target = statistics.median(reached(run) for run in base)
         budget, unit = base[0]["budget"], base[0]["unit"]
-        base_seconds = statistics.median(run["seconds"][-1] for run in base)
+        others = [run for run in log.again if log.key(run) in map(log.key, base)]
+        by_machine: dict[str, list[float]] = {}
+        for run in [*base, *others]:
+            by_machine.setdefault(run["processor"], []).append(run["seconds"][-1])
+        base_seconds = {processor: statistics.median(seconds) for processor, seconds in by_machine.items()}
         rows = []
         for optimizer, ((lr, decay), runs) in done.items():
             points = [to_target(run, target) for run in runs]
@@ -363,7 +376,12 @@ def table(log: Log) -> dict[str, Any]:
                     "decay": decay,
                     "bound": _spread([reached(run) for run in runs]),
                     "steps": _spread([point[0] / budget if point else math.inf for point in points]),
-                    "time": _spread([point[1] / base_seconds if point else math.inf for point in points]),
+                    "time": _spread(
+                        [
+                            point[1] / base_seconds[run["processor"]] if point else math.inf
+                            for run, point in zip(runs, points)
+                        ]
+                    ),
                     "milliseconds": statistics.median(1000 * run["seconds"][-1] / run["steps"][-1] for run in runs),
                     "runs_tuning": sum(key[:2] == (task, optimizer) for key in log.runs) - len(SEEDS) + 1,
                 }
@@ -385,8 +403,8 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def report(found: dict[str, Any], command: str) -> str:
-    """The table as Markdown."""
+def report(found: dict[str, Any], where: dict[str, list[str]], command: str) -> str:
+    """The table as Markdown; ``where`` names the optimisers measured on every kind of processor."""
     lines = [
         "# Optimisers: steps and time to a fixed held-out bound",
         "",
@@ -416,7 +434,10 @@ def report(found: dict[str, Any], command: str) -> str:
                 f"| {row['optimizer']} | {row['lr']:g}, {row['decay']:g} | {told(row['bound'], digits)} "
                 f"| {told(row['steps'], 2)} | {told(row['time'], 2)} | {row['milliseconds']:.1f} |"
             )
-    return "\n".join([*lines, "", f"`{command}`", ""])
+    lines += ["", "Measured on:", ""]
+    return "\n".join(
+        [*lines, *(f"* {name}: {', '.join(entered)}" for name, entered in where.items()), "", f"`{command}`", ""]
+    )
 
 
 def main() -> None:
@@ -432,10 +453,15 @@ def main() -> None:
     if arguments.what == "run":
         race(log, arguments.task)
     found = table(log)
-    text_of = report(found, "LIKELY_DATA=… python benchmarks/optimizer_race.py run --log DIR")
+    runs = [*log.runs.values(), *log.again]
+    where = {
+        processor: sorted({run["optimizer"] for run in runs if run["processor"] == processor})
+        for processor in sorted({run["processor"] for run in runs})
+    }
+    text_of = report(found, where, "LIKELY_DATA=… python benchmarks/optimizer_race.py run --log DIR")
     print(text_of)
     if arguments.out:
-        record = {"tasks": found, "runs": list(log.runs.values()), "machine": machine(), "versions": versions()}
+        record = {"tasks": found, "runs": runs, "machine": machine(), "versions": versions()}
         arguments.out.with_suffix(".json").write_text(json.dumps(record) + "\n")
         arguments.out.with_suffix(".md").write_text(text_of)
 

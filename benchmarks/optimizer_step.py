@@ -107,7 +107,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[list[Any]], Any], str | None]] = {
     "likely Adam": (of_likely("adam", "Adam"), "torch AdamW, fused"),
     "torch Muon + AdamW": (torch_muon, None),
     "likely Muon": (of_likely("muon", "Muon"), "torch Muon + AdamW"),
-    "likely Muon, 3 iterations": (of_likely("muon", "Muon", iterations=3, floor=0.013), "torch Muon + AdamW"),
+    "likely Muon, 4 iterations": (of_likely("muon", "Muon", iterations=4), "torch Muon + AdamW"),
     "pytorch_optimizer SOAP": (of_pytorch_optimizer("SOAP", precondition_frequency=INTERVAL), None),
     "likely SOAP": (of_likely("soap", "SOAP", interval=INTERVAL), "pytorch_optimizer SOAP"),
     "pytorch_optimizer Shampoo": (of_pytorch_optimizer("Shampoo", preconditioning_compute_steps=INTERVAL), None),

@@ -46,13 +46,14 @@ LENGTH, STRIDE = 256, 64
 MODEL: dict[str, Any] = {"width": 128, "layers": 4, "dropout": 0.1, "ngrams": (2, 3, 4), "ngram_bits": 15}
 TRAINING: dict[str, Any] = {
     "batch_size": 16,
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-2,
     "warmup": 50,
     "decay": "cosine",
     "clip_norm": 1.0,
     "precision": "bfloat16",
-    "optimizer": "adamw",
+    "optimizer": "muon",
     "optimizer_options": {"betas": (0.9, 0.98)},
+    "weight_decay": 0.01,
     "average_fraction": 0.02,
     "patience": None,
 }

@@ -77,6 +77,11 @@ def accumulate_gram(total: Tensor, x: Tensor, beta: float, alpha: float) -> None
         total.baddbmm_(x, x.mT, beta=beta, alpha=alpha)
 
 
+def commuting_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, for symmetric matrices ``(batch, m, m)`` that commute; large ones from one triangle."""
+    return _symmetric(a, lambda low, high: product(a[:, low:high], b[:, :high].mT))
+
+
 def commuting_product_plus(a: Tensor, b: Tensor, c: Tensor, alpha: float, beta: float) -> Tensor:
     """α a b + β c, for symmetric matrices ``(batch, m, m)`` of which a and b commute; large ones from one triangle."""
     return _symmetric(
@@ -240,7 +245,7 @@ def power_qr(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     pq = product(p, q)
     order = (q * pq).sum(1).argsort(dim=1, descending=True, stable=True)
     pq = pq.gather(2, order[:, None, :].expand_as(pq))
-    return torch.linalg.qr(pq)[0], order
+    return torch.linalg.householder_product(*torch.geqrf(pq)), order  # linalg.qr would also make R
 
 
 def _eigh(p: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,10 +317,8 @@ def _best_quintic(low: float, high: float) -> tuple[float, float, float]:
 
 
 @functools.cache
-def coefficients(method: Method, iterations: int, floor: float) -> tuple[tuple[float, float, float], ...]:
-    """The polynomials of an iterative method; all but the last of the Polar Express with room for rounding."""
-    if method == "newton-schulz":
-        return (JORDAN,) * iterations
+def coefficients(iterations: int, floor: float) -> tuple[tuple[float, float, float], ...]:
+    """The polynomials of the Polar Express, all but the last with room for rounding."""
     *first, last = polar_express(floor, iterations)
     return (*((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in first), last)
 
@@ -323,8 +326,8 @@ def coefficients(method: Method, iterations: int, floor: float) -> tuple[tuple[f
 def orthogonalized(x: Tensor, method: Method, iterations: int, floor: float, eps: float) -> Tensor:
     """U Vᵀ or nearly so for x = U Σ Vᵀ, of shape ``(batch, m, n)``, in the precision of x.
 
-    All but ``svd`` apply odd polynomials to the singular values σ, by products on the smaller side, which is made the
-    first: x ← a x + (b A + c A²) x with A = x xᵀ.  They want σ of at most 1.
+    All but ``svd`` apply odd polynomials to the singular values σ, by products on the smaller side: x ← P x with
+    P = a + b A + c A² and A = x xᵀ, or x ← x P with A = xᵀ x for tall x.  They want σ of at most 1.
     ``newton-schulz`` divides x by its Frobenius norm |x|, as its authors do.  ``polar-express`` divides by |A²|^¼ =
     (Σ σ⁸)^⅛, which is much nearer to the largest σ (for a square Gaussian matrix of 400 rows it is 1.5 times that, |x|
     10 times; of 2,500 rows 1.8 and 25 times) and costs nothing, A² being needed in any case.  For matrices with sides
@@ -339,53 +342,72 @@ def orthogonalized(x: Tensor, method: Method, iterations: int, floor: float, eps
     if method == "svd":
         u, _, vt = torch.linalg.svd(x, full_matrices=False)
         return product(u, vt)
-    short, long = x.shape[1:]
-    if short > long:
-        return transposed(orthogonalized(transposed(x), method, iterations, floor, eps))
-    if method == "newton-schulz":
-        x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(eps)
-    polynomials = coefficients(method, iterations, floor)
-    for number, (a, b, c) in enumerate(polynomials):
+    if method == "polar-express":
+        return _polar_express(x, coefficients(iterations, floor), eps)
+    if x.shape[1] > x.shape[2]:
+        return transposed(_newton_schulz(transposed(x), iterations, eps))
+    return _newton_schulz(x, iterations, eps)
+
+
+def _newton_schulz(x: Tensor, iterations: int, eps: float) -> Tensor:
+    """In the order of its authors, so that it also rounds as theirs."""
+    a, b, c = JORDAN
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(eps)
+    for _ in range(iterations):
         square = gram(x)
-        if method == "polar-express" and number == 0:
-            x, step = _first(x, square, b, c, eps)
-        else:
-            step = commuting_product_plus(square, square, square, alpha=c, beta=b)  # b A + c A²
-        if method == "polar-express" and 0 < number == iterations - 2 and long >= PAIRED * short:
-            a, step = _composed(square, step, a, polynomials[-1])
-            return product_plus(step, x, x, alpha=1.0, beta=a)
+        step = commuting_product_plus(square, square, square, alpha=c, beta=b)  # b A + c A²
         x = product_plus(step, x, x, alpha=1.0, beta=a)
     return x
 
 
-def _first(x: Tensor, square: Tensor, b: float, c: float, eps: float) -> tuple[Tensor, Tensor]:
-    """x divided by (Σ σ⁸)^⅛, and b A + c A² of that; ``square`` is x xᵀ."""
+def _polar_express(x: Tensor, polynomials: Sequence[tuple[float, float, float]], eps: float) -> Tensor:
+    """Every iteration is one factor, a polynomial of A; x divided by its norm is never made."""
+    tall = x.shape[1] > x.shape[2]
+    short, long = sorted(x.shape[1:])
+    for number, (a, b, c) in enumerate(polynomials):
+        square = gram(x.mT if tall else x)
+        factor = _polynomial(square, a, b, c) if number else _first(square, a, b, c, eps)
+        paired = 0 < number == len(polynomials) - 2 and long >= PAIRED * short
+        if paired:
+            factor = _composed(square, factor, *polynomials[-1])
+        x = product(x, factor) if tall else product(factor, x)
+        if paired:
+            break
+    return x
+
+
+def _polynomial(square: Tensor, a: float, b: float, c: float) -> Tensor:
+    """a + b A + c A²: what an iteration multiplies x with."""
+    return _plus(commuting_product_plus(square, square, square, alpha=c, beta=b), a)
+
+
+def _first(square: Tensor, a: float, b: float, c: float, eps: float) -> Tensor:
+    """a / ν + b A / ν³ + c A² / ν⁵ with ν = (Σ σ⁸)^⅛ = |A²|^¼: the iteration for x divided by ν."""
     tiny = torch.finfo(torch.float32).tiny
-    square, size = _divided_by(square, torch.linalg.matrix_norm(square, keepdim=True).clamp_min(tiny))
-    fourth = commuting_product_plus(square, square, square, alpha=1.0, beta=0.0)
-    norm = (size * torch.linalg.matrix_norm(fourth, keepdim=True).to(size.dtype).sqrt()).sqrt()
-    x, norm = _divided_by(x, norm.clamp_min(eps))
-    ratio = size / norm**2  # of A to ``square``
-    return x, multiplied(square, b * ratio).add_(multiplied(fourth, c * ratio**2))
+    size = torch.linalg.matrix_norm(square, keepdim=True).clamp_min(tiny)
+    square = square / size  # of which the square can be neither too large nor too small
+    fourth = commuting_product(square, square)
+    size = size.to(torch.promote_types(size.dtype, torch.float32))
+    norm = (size * torch.linalg.matrix_norm(fourth, keepdim=True).to(size.dtype).sqrt()).sqrt().clamp_min(eps)
+    ratio = size / norm**2  # of A / ν² to ``square``
+    factor = multiplied(square, b * ratio / norm).add_(multiplied(fourth, c * ratio**2 / norm))
+    return _plus(factor, (a / norm)[:, 0])
 
 
-def _divided_by(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """x over a norm that is first rounded to the precision of x, and that norm in single precision or better."""
-    norm = norm.to(x.dtype)
-    return x / norm, norm.to(torch.promote_types(x.dtype, torch.float32))
+def _composed(square: Tensor, factor: Tensor, a: float, b: float, c: float) -> Tensor:
+    """The factor of two iterations in one, of which the first multiplies x with ``factor`` and the second has a, b, c.
 
-
-def _composed(square: Tensor, step: Tensor, a: float, second: tuple[float, float, float]) -> tuple[float, Tensor]:
-    """Two iterations in one: α and P such that the second takes the first's x to α x + P x.
-
-    With Z = ``step`` the first iteration makes (a + Z) x, whose square is B = (a + Z) A (a + Z); the second makes
-    (a' + b' B + c' B²) (a + Z) x.  Everything here commutes, and is as small as A.
+    With P = ``factor`` the first makes P x, whose square is B = P A P; the second multiplies it with a + b B + c B².
+    Everything here commutes, and is as small as A.
     """
-    a2, b2, c2 = second
-    half = commuting_product_plus(square, step, square, alpha=1.0, beta=a)  # A (a + Z)
-    square = commuting_product_plus(half, step, half, alpha=1.0, beta=a)
-    outer = commuting_product_plus(square, square, square, alpha=c2, beta=b2)
-    return a * a2, commuting_product_plus(outer, step, (a2 * step).add_(outer, alpha=a), alpha=1.0, beta=1.0)
+    square = commuting_product(commuting_product(square, factor), factor)
+    return commuting_product(_polynomial(square, a, b, c), factor)
+
+
+def _plus(x: Tensor, a: float | Tensor) -> Tensor:
+    """x plus a times the identity, in place."""
+    x.diagonal(dim1=1, dim2=2).add_(a)
+    return x
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -393,7 +415,7 @@ def _composed(square: Tensor, step: Tensor, a: float, second: tuple[float, float
 # --------------------------------------------------------------------------------------------------------------
 
 #: Elements of a batch from which it gains no more from being larger.
-ENOUGH = 1 << 18
+ENOUGH = 1 << 20
 
 
 def batched(indices: Sequence[int], shapes: Sequence[tuple[Any, ...]]) -> list[list[int]]:

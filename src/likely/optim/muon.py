@@ -20,9 +20,11 @@ The post has B_t = μ B_{t−1} + G_t; O does not see the factor.
 
 **Orthogonalisation** (``method``).  ``newton-schulz`` with ``iterations=5`` is what the post and ``torch.optim.Muon``
 do: it sends singular values between 0.002 |M| and |M| (the Frobenius norm) into [0.68, 1.21].  ``polar-express`` takes
-the best polynomial in each iteration and a tighter norm (see :func:`likely.optim.matrices.orthogonalized`): with
-``iterations=4`` and ``floor=0.005`` it sends those between 0.005 and 1 times (Σ σ⁸)^⅛ into [0.91, 1.09], rounding
-aside, at four fifths of the cost.  ``svd`` is exact and slow.
+the best polynomial in each iteration and a tighter norm (see :func:`likely.optim.matrices.orthogonalized`).  With
+``iterations=3`` and ``floor=0.005`` it sends those between 0.005 and 1 times (Σ σ⁸)^⅛ into [0.50, 1.50], rounding
+aside, at three fifths of the cost; with ``iterations=4`` into [0.91, 1.09].  On a transformer a step is worth the same
+with both: it depends on how small a singular value is still raised, not on how near to 1; on small VAEs the fourth
+iteration saves one step in twenty (benchmarks/results/optimizer_race.md).  ``svd`` is exact and slow.
 """
 
 from __future__ import annotations
@@ -103,7 +105,7 @@ class Muon(MatrixRule):
         decay: Decay = "lr",
         adjust: Adjust = "match_rms_adamw",
         method: Method = "polar-express",
-        iterations: int = 4,
+        iterations: int = 3,
         floor: float = 5e-3,
         precision: Precision = "auto",
         norm_eps: float = 1e-7,
