@@ -135,8 +135,6 @@ PIXELS = {
     "patience": None,
     "valid_fraction": 0.05,
 }
-#: A pixelcnn takes a quarter of an hour to code ten times as many, and to check them by another arithmetic.
-ROWS_CIFAR = 1000
 CASES = {
     "mnist-binary": Case(
         mnist_binary,
@@ -169,7 +167,6 @@ CASES = {
             "evaluate_examples": 500,
             "evaluate_every": 2000,
         },
-        rows=ROWS_CIFAR,
     ),
     "mnist": Case(
         lambda: tuple(part[:, None] for part in mnist()),  # type: ignore[arg-type,return-value]
@@ -179,7 +176,6 @@ CASES = {
         cifar,
         {**PIXELS, "field": [3, 3], "width": 192, "steps": 20_000, "evaluate_examples": 200},
         "pixelcnn",
-        rows=ROWS_CIFAR,
     ),
     "pixelcnn-mnist": Case(
         lambda: tuple(part[:, None] for part in mnist()),  # type: ignore[arg-type,return-value]
