@@ -224,63 +224,74 @@ def losses(steps: int) -> tuple[str, list[dict[str, Any]]]:
 
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown."""
-    lines = [
-        "# Cost of reproducible arithmetic",
-        "",
-        f"Command: `{record['command']}`. {record['date']}. Machine: {record['machine']['processor']}, "
-        f"{record['machine']['cores']} cores, load {record['machine']['load']}, {record['machine']['system']}; "
-        f"PyTorch {record['versions']['torch']}; one thread, processor time.",
-        "",
-        f"## Time: batch {BATCH}, medians over {record['rounds']} rounds",
-        "",
-        "| network | float32, µs/example | exact32 | exact32 ÷ float32 (quartiles) | best ÷ best | exact64 ÷ float32 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in record["times"]:
-        low, _, high = row["ratio_quartiles"]
-        lines.append(
-            f"| {row['network']} | {row['float32_microseconds']:.1f} | {row['exact32_microseconds']:.1f} "
-            f"| {row['ratio']:.2f} ({low:.2f} – {high:.2f}) | {row['best_ratio']:.2f} "
-            f"| {row['exact64_best_ratio']:.1f} |"
-        )
-    lines += [
-        "",
-        f"## Bits: bound of a vae on {record['data']}, trained for {record['steps']:,} steps",
-        "",
-        "How much longer the code is, in per cent of the float32 bound; exact32 has weights of 9 bits, up to 12 in",
-        "rows of few inputs, and activations up to 2047 where the certificate leaves room.",
-        "",
-        "| arithmetic | " + " | ".join(row["model"] for row in record["losses"]) + " |",
-        "|---|" + "---|" * len(record["losses"]),
-        "| float32, nats | " + " | ".join(f"{row['float32_nats']:.3f}" for row in record["losses"]) + " |",
-    ]
-    for name in record["losses"][0]["loss_percent"] if record["losses"] else []:
-        lines.append(
-            f"| {name} | " + " | ".join(f"{row['loss_percent'][name]:+.3f} %" for row in record["losses"]) + " |"
-        )
+    lines = ["# Cost of reproducible arithmetic", "", f"Command: `{record['command']}`."]
+    if "times" in record:
+        lines += [
+            "",
+            f"## Time: batch {BATCH}, medians over {record['rounds']} rounds",
+            "",
+            f"{_where(record['where_times'])}; one thread, processor time.",
+            "",
+            "| network | float32, µs/example | exact32 | exact32 ÷ float32 (quartiles) | best ÷ best | exact64 ÷ float32 |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in record["times"]:
+            low, _, high = row["ratio_quartiles"]
+            lines.append(
+                f"| {row['network']} | {row['float32_microseconds']:.1f} | {row['exact32_microseconds']:.1f} "
+                f"| {row['ratio']:.2f} ({low:.2f} – {high:.2f}) | {row['best_ratio']:.2f} "
+                f"| {row['exact64_best_ratio']:.1f} |"
+            )
+    if "losses" in record:
+        lines += [
+            "",
+            f"## Bits: bound of a vae on {record['data']}, trained for {record['steps']:,} steps",
+            "",
+            f"{_where(record['where_losses'])}.",
+            "",
+            "How much longer the code is, in per cent of the float32 bound; exact32 has weights of 9 bits, up to 12 in",
+            "rows of few inputs, and activations up to 2047 where the certificate leaves room.",
+            "",
+            "| arithmetic | " + " | ".join(row["model"] for row in record["losses"]) + " |",
+            "|---|" + "---|" * len(record["losses"]),
+            "| float32, nats | " + " | ".join(f"{row['float32_nats']:.3f}" for row in record["losses"]) + " |",
+        ]
+        for name in record["losses"][0]["loss_percent"]:
+            lines.append(
+                f"| {name} | " + " | ".join(f"{row['loss_percent'][name]:+.3f} %" for row in record["losses"]) + " |"
+            )
     return "\n".join(lines) + "\n"
+
+
+def _where(about: dict[str, Any]) -> str:
+    """Date, machine and version of a part."""
+    computer = about["machine"]
+    return (
+        f"{about['date']}.  Machine: {computer['processor']}, {computer['cores']} cores, load {computer['load']}, "
+        f"{computer['system']}; PyTorch {about['versions']['torch']}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", default=["time", "bits"], help="others are kept from --out")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--out", type=Path, help="path of the results, without suffix")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    record: dict[str, Any] = {
-        "command": f"python benchmarks/exact.py --rounds {arguments.rounds} --steps {arguments.steps}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "rounds": arguments.rounds,
-        "steps": arguments.steps,
-        "times": times(arguments.rounds),
-    }
-    record["data"], record["losses"] = losses(arguments.steps)
+    path = arguments.out.with_suffix(".json") if arguments.out else None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+    record["command"] = f"python benchmarks/exact.py --rounds {arguments.rounds} --steps {arguments.steps}"
+    here = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions()}
+    if "time" in arguments.parts:
+        record |= {"where_times": here, "rounds": arguments.rounds, "times": times(arguments.rounds)}
+    if "bits" in arguments.parts:
+        record["data"], record["losses"] = losses(arguments.steps)
+        record |= {"where_losses": here, "steps": arguments.steps}
     print(table(record))
-    if arguments.out:
-        arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if path:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         arguments.out.with_suffix(".md").write_text(table(record), encoding="utf-8")
 
 

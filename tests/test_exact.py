@@ -26,7 +26,7 @@ from likely.exact.activations import CURVES, Activation
 from likely.exact.attention import exponentials
 from likely.exact.layers import Affine, Chain, Convolution, standardised
 from likely.exact.products import ROUTES, Geometry, Product
-from likely.exact.profiles import PROFILES
+from likely.exact.profiles import PROFILES, peaks
 from likely.networks import Features, decoder, encoder
 from likely.networks.mlp import _ACTIVATIONS
 
@@ -117,7 +117,7 @@ def test_no_sum_can_reach_two_to_the_24(shape: tuple[int, int], heavy: bool) -> 
     if heavy:
         weight = weight.sign() * 255
     product = Product(weight, "linear", PROFILE)
-    sums = [int(part.abs().sum(1).max()) for part in product.parts]
+    sums = [int(part.abs().sum(1).max()) for part in product.blocks]
     assert max(sums) * product.limit < 2**24
     assert sum(product.cuts) == shape[1] and product.limit >= 64
     if len(product.cuts) == 1 and product.limit < PROFILE.largest_activation:
@@ -220,20 +220,26 @@ def test_linear_layers_agree_with_pytorch_within_their_rounding(shape: tuple[int
 
 
 @pytest.mark.parametrize("kind", CURVES)
-def test_a_peak_that_the_largest_place_tells_is_the_peak(kind: type[nn.Module]) -> None:
+def test_no_value_of_a_table_is_less_than_its_least_which_spares_a_look_for_the_peak(kind: type[nn.Module]) -> None:
     rule = Activation(CURVES[kind](kind()), PROFILE)
     x = torch.randn(300, 40) * torch.logspace(-3, 2, 300).unsqueeze(1)
     x[::3] = -x[::3].abs()
-    told = []
-    for row in x.split(1):
-        values = row * 256.0 + rule.zero
-        peak = rule.replace_(values, (1,))
-        assert same_bits(values, rule(row))
-        assert peak is None or same_bits(peak, values.abs().amax(1, True))
-        told.append(peak is not None)
-    if kind in (nn.SiLU, nn.GELU):  # which no value below 0 can outdo from there on, up to the end of the table
-        largest = x.amax(1)
-        assert all(told[i] for i in range(300) if 1.0 < largest[i] < 15.0) and not all(told)
+    values = rule(x)
+    assert (values >= rule.least).all()
+    assert (rule.least == -math.inf) == (kind is nn.LogSigmoid)
+    for row in values.split(1):
+        assert same_bits(peaks(row, (1,), rule.least), row.abs().amax(1, True))
+
+
+def test_a_rectifier_between_layers_changes_no_bit_and_not_its_input() -> None:
+    one, two = nn.Linear(20, 30), nn.Linear(30, 5)
+    x = torch.randn(40, 20)
+    joined, apart = exact.network(nn.Sequential(one, nn.ReLU(), two)), [exact.network(layer) for layer in (one, two)]
+    assert same_bits(joined(x), apart[1](apart[0](x).clamp(min=0.0)))
+    leading, before = exact.network(nn.Sequential(nn.ReLU(), one)), x.clone()
+    assert same_bits(leading(x), apart[0](x.clamp(min=0.0))) and torch.equal(x, before)
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        joined(torch.full((1, 20), torch.nan))
 
 
 def test_exact32_is_what_numpy_makes_of_the_rules() -> None:

@@ -91,15 +91,23 @@ CURVES: dict[type[nn.Module], Callable[..., Curve]] = {
 }
 
 
+class Rectifier(Rule):
+    """max(x, 0)."""
+
+    def forward(self, x: Tensor, in_place: bool = False) -> Tensor:
+        return x.clamp_min_(0) if in_place else x.clamp_min(0)
+
+
 class Activation(Rule):
     """An activation function by its table (exact32) or by its float64 function (exact64)."""
 
     table: Tensor
-    peak_at: Tensor
 
     def __init__(self, curve: Curve, profile: Profile) -> None:
         super().__init__()
         self.curve, self.profile = curve, profile
+        #: Whether the values come from the table.
+        self.by_table = profile.dtype == torch.float32
         middle = curve.reach * STEPS
         #: The place of 0: half a step is added before the fraction is cut off, so entry i serves [i − ½, i + ½) / 256.
         self.zero = middle + 0.5
@@ -111,54 +119,36 @@ class Activation(Rule):
         )
         table = values.float()
         self.register_buffer("table", table, persistent=False)
-        # By the largest place: max |value| if that is the value there, else −1.  The last entry is for places beyond.
-        there = (table >= table.cummax(0).values) & (table >= -table.min())
-        peaks = torch.where(there, table, -1.0)
-        beyond = peaks.new_tensor([-1.0]) if self.curve.right[0] else peaks[-1:]
-        self.register_buffer("peak_at", torch.cat([peaks, beyond]), persistent=False)
+        #: No value is less.
+        self.least = table.min().item() if self.by_table and not curve.left[0] else -math.inf
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if x.dtype == self.profile.dtype else x.to(self.profile.dtype)
         y = torch.empty_like(x)
-        for part in parts(x):
-            self.values(x[part], y[part])
+        for some, out in parts(x, y):
+            self.values(some, out)
         return y
 
     def values(self, x: Tensor, out: Tensor) -> Tensor:
         """Put the values for x into ``out``."""
-        self.values_and_peaks(x, out)
-        return out
-
-    def values_and_peaks(self, x: Tensor, out: Tensor, axes: tuple[int, ...] = ()) -> Tensor | None:
-        """Put the values for x into ``out``; see :meth:`replace_`."""
         check(x)
         if self.by_table:
-            return self.replace_(torch.mul(x, float(STEPS), out=out).add_(self.zero), axes)
-        return self.replace_(out.copy_(x), axes)
+            torch.mul(x, float(STEPS), out=out).add_(self.zero)
+        else:
+            out.copy_(x)
+        self.replace_(out)
+        return out
 
-    @property
-    def by_table(self) -> bool:
-        """Whether the values come from the table."""
-        return self.profile.dtype == torch.float32
-
-    def replace_(self, x: Tensor, axes: tuple[int, ...] = ()) -> Tensor | None:
-        """Replace numbers by the values; with a table, replace places in it, x · 256 + ``zero``.
-
-        Returns:
-            max |value| over ``axes``, if it is known from the largest place alone.
-        """
+    def replace_(self, x: Tensor) -> None:
+        """Replace numbers by the values; with a table, replace places in it, x · 256 + ``zero``."""
         if self.by_table:
-            return self._look_up_(x, axes)
-        x.copy_(self.curve.function(x))
-        return None
+            self._look_up_(x)
+        else:
+            x.copy_(self.curve.function(x))
 
-    def _look_up_(self, place: Tensor, axes: tuple[int, ...]) -> Tensor | None:
+    def _look_up_(self, place: Tensor) -> None:
         right, left = self.curve.right[0], self.curve.left[0]
-        largest = place.amax(axes, True)
-        at = largest.clamp(0.0, self._end + 1.0).to(torch.int32)
-        peak = self.peak_at.index_select(0, at.view(-1)).view(at.shape)
-        known = not left and bool(peak.amin() >= 0.0)
-        beyond = not known and bool((right and largest.amax() > self._end) or (left and place.amin() < 0.0))
+        beyond = bool(right and place.amax().item() > self._end) or bool(left and place.amin().item() < 0.0)
         x = (place - self.zero) * (1.0 / STEPS) if beyond else place
         last = place.dim() == 4 and place.is_contiguous(memory_format=torch.channels_last)
         dense = place.permute(0, 2, 3, 1) if last else place
@@ -168,7 +158,6 @@ class Activation(Rule):
         if beyond:  # the asymptotes that are constant are the ends of the table
             place.copy_(torch.where(x > self.curve.reach, x * right, place) if right else place)
             place.copy_(torch.where(x < -self.curve.reach, x * left, place) if left else place)
-        return peak if known and axes else None
 
     def probe_input(self) -> Tensor:
         """Where the probe looks: beyond both ends, and between."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,15 +41,16 @@ def whole_weights(weight: Tensor, profile: Profile, axes: tuple[int, ...]) -> tu
 
 
 def whole_activations(
-    x: Tensor, limit: Tensor, dims: tuple[int, ...], out: Tensor | None = None, peak: Tensor | None = None
+    x: Tensor, limit: Tensor, dims: tuple[int, ...], out: Tensor | None = None, least: float = -math.inf
 ) -> tuple[Tensor, Tensor]:
     """Activations as whole numbers of at most ``limit``, and their scale over ``dims``: x ≈ whole · scale.
 
     Args:
-        peak: max |x| over ``dims``, if it is known.
+        limit: of no axes.
+        least: no activation is less.
     """
-    peak = torch.maximum(peaks(x, dims) if peak is None else peak, limit * SMALLEST)
-    return torch.mul(x, limit / peak, out=out).round_(), peak / limit
+    peak = peaks(x, dims, least).clamp_min_(limit.item() * SMALLEST)
+    return torch.mul(x, limit / peak, out=out).round_(), peak.div_(limit)
 
 
 class Certified(nn.Module):
@@ -76,9 +78,9 @@ class Certified(nn.Module):
         """Whether the layer takes what the product of ``other`` gives, as it is."""
         raise NotImplementedError
 
-    def whole(self, x: Tensor, out: Tensor, peak: Tensor | None = None) -> Tensor:
-        """Put x into ``out`` as whole numbers up to the limit, and return their scales."""
-        return whole_activations(x, self.limit, self.axes, out, peak)[1]
+    def whole(self, x: Tensor, out: Tensor, least: float = -math.inf) -> Tensor:
+        """Put x, no element being less than ``least``, into ``out`` as whole numbers up to the limit: their scales."""
+        return whole_activations(x, self.limit, self.axes, out, least)[1]
 
     def probe_input(self) -> Tensor:
         """The whole numbers on which the product is probed, as an input of the layer."""
@@ -135,49 +137,50 @@ class Chain(Rule):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.activations = nn.ModuleList(a or nn.Identity() for a in activations)
-        self._steps = list(zip(layers, activations[1:]))
-        for i, (layer, activation) in enumerate(self._steps):
+        self._before = (activations[0],)
+        names = [(f"scale{i}", f"bias{i}") for i in range(len(layers))]
+        self._steps = list(zip(layers, activations[1:], [*layers[1:], None], names))
+        for layer, activation, _, (of_rows, biases) in self._steps:
             scale, bias = layer.scale, layer.bias
             if activation is not None and activation.by_table:  # the layer computes the place in the table
                 shift = torch.full_like(scale, activation.zero, dtype=torch.float64)
                 bias = shift if bias is None else bias.double() * STEPS + shift
                 scale, bias = scale * STEPS, bias.to(scale.dtype)
-            self.register_buffer(f"scale{i}", scale, persistent=False)
-            self.register_buffer(f"bias{i}", bias, persistent=False)
+            self.register_buffer(of_rows, scale, persistent=False)
+            self.register_buffer(biases, bias, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        first: Certified = self.layers[0]  # type: ignore[assignment]
-        entered = first.enter(x)
-        whole, scale = self._begin(entered, first)
-        for i, (layer, activation) in enumerate(self._steps):
-            sums = layer.product(whole)
-            following = self._steps[i + 1][0] if i + 1 < len(self._steps) else None
-            axes = () if following is None else following.axes
+    def forward(self, x: Tensor, least: float = -math.inf) -> Tensor:
+        """Args:
+        least: no element of x is less.
+        """
+        first = self._steps[0][0]
+        whole, scale = self._begin(first.enter(x), first, least)
+        for layer, activation, following, (of_rows, biases) in self._steps:
+            sums = layer.product.forward(whole)
             found = []
-            for part in parts(sums):
-                values = layer.real_(sums[part], scale[part], getattr(self, f"scale{i}"), getattr(self, f"bias{i}"))
-                peak = None if activation is None else activation.replace_(values, axes)
+            for some, of_x in parts(sums, scale):
+                values = layer.real_(some, of_x, getattr(self, of_rows), getattr(self, biases))
+                if activation is not None:
+                    activation.replace_(values)
                 if following is not None:
-                    found.append(following.whole(values, values, peak))
+                    found.append(following.whole(values, values, -math.inf if activation is None else activation.least))
             whole, scale = sums, _joined(found, scale)
-        return self._steps[-1][0].leave(whole, x)
+        return first.leave(whole, x)
 
     def probe_input(self) -> Tensor:
         """Whole numbers for the first layer, on which the probe looks at all of the chain."""
-        first: Certified = self.layers[0]  # type: ignore[assignment]
-        return first.probe_input()
+        return self._steps[0][0].probe_input()
 
-    def _begin(self, x: Tensor, first: Certified) -> tuple[Tensor, Tensor]:
+    def _begin(self, x: Tensor, first: Certified, least: float) -> tuple[Tensor, Tensor]:
         """Whole numbers for the first product, and their scales."""
-        activation = self.activations[0]
+        (activation,) = self._before
         whole, found = torch.empty_like(x), []
-        for part in parts(x):
-            if isinstance(activation, Activation):
-                peak = activation.values_and_peaks(x[part], whole[part], first.axes)
-                found.append(first.whole(whole[part], whole[part], peak))
+        for some, out in parts(x, whole):
+            if activation is None:
+                found.append(first.whole(some, out, least))
             else:
-                found.append(first.whole(x[part], whole[part]))
-        return whole, _joined(found, x.new_ones(()))
+                found.append(first.whole(activation.values(some, out), out, activation.least))
+        return whole, _joined(found, x)
 
 
 def _joined(found: list[Tensor], otherwise: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from likely.exact.activations import Activation
+from likely.exact.activations import Activation, Rectifier
 from likely.exact.layers import Certified, Chain
 from likely.exact.products import (
     ROUTES,
@@ -35,6 +35,7 @@ class Network:
     def __init__(self, module: nn.Module, setting: Setting, route: Route | None) -> None:
         self.module, self.setting, self._route = module, setting, route
         self.device = next((t.device for t in _tensors(module)), torch.device("cpu"))
+        _at_hand(module)
         self._choose_routes()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,6 +90,12 @@ class Network:
             for module in self.module.modules():
                 if isinstance(module, Product | BatchedProduct):
                     module.choose(self.device, self._route)
+
+
+def _at_hand(tree: nn.Module) -> None:
+    """Make parts and tensors of all modules plain attributes too; PyTorch would search for them in Python each time."""
+    for module in tree.modules():
+        vars(module).update({**module._parameters, **module._buffers, **module._modules})
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -210,7 +217,16 @@ class Joined(nn.Module):
         self.runs = nn.Sequential(*_runs([rule for rule in sequence.children() if not is_identity(rule)]))
 
     def forward(self, x: Any) -> Any:
-        return self.runs(x)
+        before: nn.Module | None = None
+        for run in self.runs:
+            if isinstance(run, Rectifier) and isinstance(before, Chain):
+                x = run(x, in_place=True)
+            elif isinstance(run, Chain) and isinstance(before, Rectifier):
+                x = run(x, least=0.0)
+            else:
+                x = run(x)
+            before = run
+        return x
 
     def __getattr__(self, name: str) -> Any:
         try:

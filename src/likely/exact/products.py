@@ -90,6 +90,8 @@ class Product(_Routed):
     ``limit`` is the certificate: activations may be whole numbers from −limit to limit.
     """
 
+    block0: Tensor
+
     def __init__(self, weight: Tensor, kind: Kind, profile: Profile, geometry: Geometry | None = None) -> None:
         super().__init__()
         self.kind, self.profile, self.geometry = kind, profile, geometry or Geometry()
@@ -102,10 +104,14 @@ class Product(_Routed):
         self.cuts = cuts
         self._packed: dict[int, Tensor] = {}
         layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
-        self.parts = nn.ParameterList(
-            nn.Parameter(part.to(profile.dtype).contiguous(memory_format=layout), requires_grad=False)
-            for part in _cut(weight, cuts, kind)
-        )
+        for number, part in enumerate(_cut(weight, cuts, kind)):
+            block = part.to(profile.dtype).contiguous(memory_format=layout)
+            self.register_buffer(f"block{number}", block, persistent=False)
+
+    @property
+    def blocks(self) -> list[Tensor]:
+        """The weights, cut at their inputs."""
+        return [getattr(self, f"block{number}") for number in range(len(self.cuts))]
 
     def _cuts(self, weight: Tensor) -> list[int]:
         """Sizes of the blocks of input channels: one, or as few as give activations enough room."""
@@ -151,10 +157,10 @@ class Product(_Routed):
         _state.depth = getattr(_state, "depth", 0) + 1
         try:
             if len(self.cuts) == 1:
-                return _dense(self._part(route, ints, self.parts[0]).to(self.profile.dtype))
+                return _dense(self._part(route, ints, self.block0).to(self.profile.dtype))
             axis = -1 if self.kind == "linear" else 1
             total: Tensor | None = None
-            for piece, weight in zip(ints.split(self.cuts, axis), self.parts):
+            for piece, weight in zip(ints.split(self.cuts, axis), self.blocks):
                 sums = self._part(route, piece, weight).double()
                 total = sums if total is None else total.add_(sums)
             assert total is not None
@@ -175,8 +181,7 @@ class Product(_Routed):
         return F.conv_transpose2d(x, weight, None, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
 
     def _matrix_product(self, x: Tensor, weight: Tensor) -> Tensor:
-        flat = x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() * len(weight) >= LARGE
-        if not (ONEDNN and flat):
+        if not (ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() * len(weight) >= LARGE):
             return F.linear(x, weight)
         packed = self._packed.get(id(weight))
         if packed is None:  # oneDNN's own layout, from which it multiplies a little faster
@@ -225,7 +230,7 @@ class Product(_Routed):
         return x
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
-        return torch.cat([part.detach().cpu().to(dtype) for part in self.parts], 0 if self.kind == "transposed" else 1)
+        return torch.cat([part.detach().cpu().to(dtype) for part in self.blocks], 0 if self.kind == "transposed" else 1)
 
     def _worst_kernel(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The kernel with the largest sum, ``(channels, height, width)``, and its input channels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -66,13 +67,18 @@ class Rule(nn.Module):
             return self.forward(*args, **kwargs)
 
 
-def peaks(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+def peaks(x: Tensor, dims: tuple[int, ...], least: float = -math.inf) -> Tensor:
     """max |x| over ``dims``, which are kept with size 1.
+
+    Args:
+        least: no element is less: where the largest of them are at least −``least``, these are the peaks.
 
     Raises:
         ValueError: an element is NaN, infinite or beyond 2⁶⁰.
     """
-    peak = torch.maximum(x.amax(dims, True), x.amin(dims, True).neg_())
+    peak = x.amax(dims, True)
+    if least < 0.0 and not (least > -math.inf and peak.numel() and peak.amin().item() >= -least):
+        peak = torch.maximum(peak, x.amin(dims, True).neg_())
     if peak.numel() and not peak.amax().item() <= LARGEST:
         wrong = ~(x.abs() <= LARGEST)
         index = tuple(wrong.nonzero()[0].tolist())
@@ -87,10 +93,12 @@ def check(x: Tensor) -> float:
     return peaks(x, tuple(range(x.dim()))).item() if x.numel() else 0.0
 
 
-def parts(x: Tensor, most: int = 1 << 19) -> Iterator[slice]:
-    """Slices of the first axis with about ``most`` numbers each, so that what is done to one stays in the cache."""
+def parts(x: Tensor, *others: Tensor, most: int = 1 << 19) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of tensors along the first axis, of about ``most`` numbers of x: what is done to one stays in the cache."""
     if not x.numel():
         return
-    step = max(1, most * len(x) // x.numel()) if x.dim() else 1
-    for start in range(0, len(x), step):
-        yield slice(start, start + step)
+    if x.numel() <= most or not x.dim():
+        yield x, *others
+    else:
+        step = max(1, most * len(x) // x.numel())
+        yield from zip(*(tensor.split(step) for tensor in (x, *others)))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from likely.exact import attention, functions
-from likely.exact.activations import CURVES, Activation, Curve
+from likely.exact.activations import CURVES, Activation, Curve, Rectifier
 from likely.exact.layers import (
     CausalConvolution,
     Chain,
@@ -124,7 +124,7 @@ def _weight(layer: nn.Linear) -> Tensor:
 
 
 _AS_THEY_ARE: tuple[type[nn.Module], ...] = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Threshold),
+    *(nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Threshold),
     *(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.MaxPool1d, nn.MaxPool2d),
     *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d),
     *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d),
@@ -146,6 +146,7 @@ RULES: dict[type[nn.Module], Callable[[Any, Setting], nn.Module]] = {
     nn.Upsample: _upsample,
     nn.UpsamplingNearest2d: _upsample,
     **{kind: _activation(make) for kind, make in CURVES.items()},
+    nn.ReLU: lambda layer, setting: Rectifier(),
     **dict.fromkeys(_AS_THEY_ARE, _as_it_is),
     **dict.fromkeys(
         (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout), _identity
