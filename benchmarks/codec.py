@@ -12,6 +12,7 @@ of a table.
    much of the processor time is the networks' (``Network.run``).  Elapsed time is what a user waits for; processor time
    is of all processes.  Medians over the rounds, in which one worker and two take turns.  Rows are coded by the model
    also where ``compress`` would see that generic compression takes less, so that it is the model that is measured.
+   Files are of some MB, so that the start of a process and the share of a single chunk count little.
 3. *craystack.*  The same model and images as BB-ANS by craystack (research code; J. Townsend), in turns with this
    package, one thread each, processor time: ``codec_craystack.py`` says how it is set up.  Its batch of 10 images needs 8,240
    lanes, which it stores whole; with a batch of 1 image it has 824 lanes, near what this package has.  PATH holds
@@ -168,7 +169,8 @@ def model(name: str, runs: Path, rows: int, rounds: int) -> dict[str, Any]:
     fitted = likely.load(runs / name)
     data, n, raw = source(name, rows)
     clock = Clock()
-    archive._Job._near = lambda *_: False  # type: ignore[method-assign]
+    archive._Job._near = lambda *_: False  # type: ignore[method-assign]  # which forks of this process inherit
+    steps = json.loads((runs / name / "config.json").read_text(encoding="utf-8"))["training"]["steps"]
     took: dict[tuple[int, str], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder, clock.watching():
         if isinstance(data, bytes):
@@ -205,7 +207,14 @@ def model(name: str, runs: Path, rows: int, rounds: int) -> dict[str, Any]:
         f"{side}_{workers}": {key: statistics.median(row[key] for row in rows_) for key in rows_[0]}
         for (workers, side), rows_ in took.items()
     }
-    return {"rows": n, "raw_bytes": raw, "chunks": chunks, "file_bytes": len(sink.getvalue()), **medians}
+    return {
+        "steps": steps,
+        "rows": n,
+        "raw_bytes": raw,
+        "chunks": chunks,
+        "file_bytes": len(sink.getvalue()),
+        **medians,
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -311,6 +320,9 @@ def table(record: dict[str, Any]) -> str:
 def model_lines(models: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield "MB of raw data a second (for the table also rows).  Networks: their share of one worker's processor time."
     yield ""
+    fits = ", ".join(f"{name} {row['steps']:,}" for name, row in models.items() if "steps" in row)
+    yield f"Steps that the models were fitted in: {fits}."
+    yield ""
     yield "Two free cores: what they give if the processor time of the two workers together is spread evenly."
     yield ""
     yield "| case | rows, chunks | | one, processor | networks | two free cores | one, elapsed | two, elapsed | ÷ one | goal |"
@@ -397,7 +409,7 @@ def main() -> None:
         record["craystack"] = craystack(arguments.craystack, arguments.runs, arguments.rounds)
         keep()
     if "models" in arguments.parts:
-        rows = {"mnist-binary": 170_000, "cifar": 4_000, "adult": 400_000}
+        rows = {"mnist-binary": 340_000, "cifar": 12_000, "adult": 800_000}
         for name in arguments.cases:
             found = model(name, arguments.runs, int(rows[name] * arguments.scale), arguments.rounds)
             record.setdefault("models", {})[name] = found

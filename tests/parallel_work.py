@@ -19,6 +19,25 @@ def square(number: int) -> int:
     return number * number
 
 
+class Told:
+    """A number that says how often it was sent to another process."""
+
+    sent = 0
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        Told.sent += 1
+        return Told, (self.number,)
+
+
+def number_of(told: Told) -> tuple[int, bool]:
+    """The number, and whether another process looked it up; after a while, so that others have their turn."""
+    time.sleep(0.02)
+    return told.number, in_a_worker()
+
+
 def build(state: bytes) -> dict[str, Any]:
     import torch
 

@@ -85,6 +85,14 @@ def test_order_state_threads_and_arguments() -> None:
     assert {(built["text"], built["threads"]) for built in found.values()} == {("state", 1)}
 
 
+def test_a_fork_has_the_elements_of_a_sequence_already(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work.Told, "sent", 0)
+    found = list(map_chunks(work.number_of, [work.Told(number) for number in range(150)], 2))
+    assert [number for number, _ in found] == list(range(150))
+    elsewhere = sum(there for _, there in found)
+    assert elsewhere and work.Told.sent == (0 if start == "fork" else elsewhere)
+
+
 def test_workers_of_a_process_that_has_computed_with_threads() -> None:
     torch.set_num_threads(2)
     try:

@@ -44,7 +44,7 @@ from likely.coding.rows import Rows, spare_bits
 from likely.coding.stack import Stack
 from likely.contract import Binary, Integers, Model, Reals, Space, Table, Tokens
 from likely.data import Schema
-from likely.data.originals import Original, Restored, restore, take_apart
+from likely.data.originals import Legal, Original, Restored, restore, take_apart
 from likely.exact import Irreproducible
 
 #: What a "rows" payload means; a change that gives other bytes gets a new name.
@@ -66,7 +66,9 @@ _SAMPLE = 1 << 18
 #: Bytes of the places that it is first tried on at its fastest, and about how many places.
 _PLACE, _PLACES = 1 << 16, 16
 #: Rows that the size of a file is judged by, how many of them side by side, and on how many lanes.
-_TRIAL, _TOGETHER, _LANES = 64, 16, 64
+_TRIAL, _TOGETHER, _LANES = 64, 16, 1024
+#: Cells for each lane that a single row is coded on.
+_CELLS_OF_LANE = 512
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,23 @@ class _Part:
         return _part_of, (self.x.numpy(), condition, self.side)
 
 
+@dataclass(frozen=True)
+class _Span:
+    """Consecutive rows of an original, taken apart where they are coded; for a process without it, before that."""
+
+    original: Original
+    first: int
+    stop: int
+    legal: Legal
+
+    def part(self) -> _Part:
+        rows = self.original.rows(self.first, self.stop, self.legal)
+        return _Part(rows.x, rows.condition, rows.side)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.part().__reduce__()
+
+
 def _part_of(x: np.ndarray, condition: np.ndarray | None, side: bytes) -> _Part:
     return _Part(torch.from_numpy(x), None if condition is None else torch.from_numpy(condition), side)
 
@@ -333,8 +352,9 @@ class _Job:
         model.load_state_dict(safetensors.torch.load(state[4 + length :]))
         return cls(model, spare, verify)
 
-    def encode(self, part: _Part) -> _Coded:
+    def encode(self, rows: _Part | _Span) -> _Coded:
         """Code the rows by the model, or by generic compression where that takes less."""
+        part = rows if isinstance(rows, _Part) else rows.part()
         n = len(part.x)
         values, holes = self.cells.to_bytes(part.x)
         given: tuple[bytes, ...] = ()
@@ -344,21 +364,21 @@ class _Job:
             condition = self._condition.from_bytes(given[0], given[1], n)
         content = [part.side, values, holes, *given]
         sections = [_section(part.side), self.cells.pack_holes(holes, n), *map(_section, given)]
-        rows = encode_rows(self.codec, part.x, condition)
-        near = self._near(part.x, values, len(rows.data))
+        coding = encode_rows(self.codec, part.x, condition)
+        near = self._near(part.x, values, len(coding.data))
         plain = _section(values) if near else b""
         costs: dict[str, float] = {
             "side": len(sections[0]),
             "holes": len(sections[1]),
             "condition": sum(map(len, sections[2:])),
-            "coded_bits": rows.ideal_bits,
+            "coded_bits": coding.ideal_bits,
         }
-        if near and len(plain) < len(rows.data):
+        if near and len(plain) < len(coding.data):
             kind, body = PLAIN, plain
             costs |= {"plain": len(plain), "plain_rows": n}
         else:
-            kind, body = ROWS, rows.data
-            costs |= {"coded": len(body), "initial": rows.initial_bits / 8}
+            kind, body = ROWS, coding.data
+            costs |= {"coded": len(body), "initial": coding.initial_bits / 8}
         payload = b"".join([*sections, body])
         coded = _Coded(kind, payload, n, sum(map(len, content)), content_digest(*content), costs)
         if self.verify:
@@ -491,8 +511,11 @@ def compress(
             writer.add(MODEL, embed)
         costs["head"] = _add(writer, HEAD, original.head)
         done = 0
-        parts = (_part(original, first, step, job.codec) for first in range(0, original.n, step))
-        for coded in map_chunks(_Job.encode, parts, workers, **job.everywhere()):
+        spans = [
+            _Span(original, first, min(first + step, original.n), job.codec.legal)
+            for first in range(0, original.n, step)
+        ]
+        for coded in map_chunks(_Job.encode, spans, workers, **job.everywhere()):
             writer.add(coded.kind, coded.payload, rows=coded.rows, raw_size=coded.raw_size, digest=coded.digest)
             for name, value in coded.costs.items():
                 costs[name] = costs.get(name, 0) + value
@@ -649,11 +672,6 @@ class Archive:
         return content
 
 
-def _part(original: Original, first: int, step: int, codec: ModelCodec) -> _Part:
-    rows = original.rows(first, min(first + step, original.n), codec.legal)
-    return _Part(rows.x, rows.condition, rows.side)
-
-
 def _plan(original: Original, job: _Job, workers: int | None) -> tuple[int, int]:
     """Rows of a chunk, and how many processes are worth starting."""
     n = original.n
@@ -661,7 +679,7 @@ def _plan(original: Original, job: _Job, workers: int | None) -> tuple[int, int]
         return 1, 1
     size = max(float(n), _estimate_bits(job.codec, original, _TRIAL) / 8)
     cores = usable_cores() if workers is None else workers
-    chunk = max(LEAST_CHUNK, min(CHUNK, size / (2 * cores)), BORROWED * _borrowed(job.codec, original))
+    chunk = max(LEAST_CHUNK, min(CHUNK, size / cores), BORROWED * _borrowed(job.codec, original))
     count = max(1, round(size / chunk))
     if count > 1 and cores > 1:
         count = -(-count // cores) * cores  # so that all processes end together
@@ -691,10 +709,11 @@ def _estimate_bits(codec: ModelCodec, original: Original, rows: int) -> float:
 
 
 def _borrowed(codec: ModelCodec, original: Original) -> int:
-    """Bytes that bits-back borrows for the first row."""
-    stack, first = Stack(), original.rows(0, 1, codec.legal)
+    """Bytes that bits-back borrows for the first row, to within a word a lane."""
+    first = original.rows(0, 1, codec.legal)
+    stack = Stack(1 + first.x.numel() // _CELLS_OF_LANE)
     codec.push(stack, first.x, first.condition)
-    return 4 * stack.supplied
+    return 4 * (stack.supplied - stack.lanes + 1)
 
 
 def _workers(chunks: int, workers: int | None) -> int:

@@ -12,7 +12,7 @@ import traceback
 import types
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
@@ -50,7 +50,8 @@ def map_chunks(
 
     Args:
         function: importable by its name (not a lambda, not defined in a script); so are its arguments' classes.
-        arguments: drawn a few ahead of the results, so that they need not fit in memory together.
+        arguments: drawn a few ahead of the results, so that they need not fit in memory together.  Those of a sequence
+            are told to a fork by their number alone.
         workers: number of processes at work, this one included; by default one for each core.
         build: importable as well; called once in each worker that has nothing built.
         state: what ``build`` is given, such as a model's bytes.
@@ -101,6 +102,7 @@ class _Map:
     ) -> None:
         self._job, self._built = (function, build, state), built
         self._arguments = iter(arguments)
+        self._known = arguments if isinstance(arguments, Sequence) else None
         self._workers = workers
         self._waiting: deque[tuple[int, Any]] = deque()
         self._outcomes: dict[int, Outcome] = {}
@@ -188,17 +190,18 @@ class _Map:
         pipes = [multiprocessing.Pipe() for _ in range(self._workers - 1)]
         for _, theirs in pipes:
             others = [end for pair in pipes for end in pair if end is not theirs] if forked else []
-            job = (*self._job, self._built if forked else None)
+            job = (*self._job, *((self._built, self._known) if forked else (None, None)))
             process = context.Process(target=_serve, args=(theirs, others, *job), daemon=True)
             with _sober_start(forked):
                 process.start()
             processes.append(process)
         for ours, theirs in pipes:
             theirs.close()
-            threads.append(threading.Thread(target=self._feed, args=(ours,), daemon=True))
+            by_number = forked and self._known is not None
+            threads.append(threading.Thread(target=self._feed, args=(ours, by_number), daemon=True))
             threads[-1].start()
 
-    def _feed(self, connection: Connection) -> None:
+    def _feed(self, connection: Connection, by_number: bool) -> None:
         """Hand a process one argument after another and gather what it answers; runs in a thread of its own."""
         with connection:
             while True:
@@ -209,7 +212,7 @@ class _Map:
                         return
                     number, argument = self._waiting.popleft()
                 try:
-                    connection.send(argument)
+                    connection.send(number if by_number else argument)
                     outcome: Outcome = connection.recv()
                 except (EOFError, OSError):
                     message = "a worker process died without an answer, perhaps for want of memory; use fewer workers"
@@ -222,12 +225,19 @@ class _Map:
 
 
 def _serve(
-    connection: Connection, others: list[Connection], function: Callable[..., Any], build: Any, state: bytes, built: Any
+    connection: Connection,
+    others: list[Connection],
+    function: Callable[..., Any],
+    build: Any,
+    state: bytes,
+    built: Any,
+    known: Sequence[Any] | None,
 ) -> None:
     """The life of a worker: answer arguments until the pipe closes, which it also does when the parent dies.
 
     Args:
         others: ends of pipes that a fork has and must not keep open.
+        known: the arguments, of which numbers come through the pipe; None if they come themselves.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -242,7 +252,7 @@ def _serve(
                     _limit_threads()
                     call = _bind(function, build, state, built)
                     _limit_threads()
-                outcome: Outcome = ("result", call(argument))
+                outcome: Outcome = ("result", call(argument if known is None else known[argument]))
             except Exception as error:
                 error.add_note("in a worker process:\n" + traceback.format_exc().rstrip())
                 outcome = ("error", error)
