@@ -247,7 +247,7 @@ def table(record: dict[str, Any]) -> str:
             "",
             f"## Bits: bound of a vae on {record['data']}, trained for {record['steps']:,} steps",
             "",
-            f"{_where(record['where_losses'])}.",
+            f"{_where(record.get('where_losses', record))}.",  # older records say it of both parts
             "",
             "How much longer the code is, in per cent of the float32 bound; exact32 has weights of 9 bits, up to 12 in",
             "rows of few inputs, and activations up to 2047 where the certificate leaves room.",
