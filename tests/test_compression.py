@@ -22,7 +22,7 @@ import likely
 from documents import adult, run
 from likely import archive, models
 from likely.archive import Archive
-from likely.coding import errors
+from likely.coding import errors, parallel
 from likely.coding.container import Limits
 from likely.coding.weights import pack, unpack
 from likely.contract import Binary, Column, NoCodec, Reals, Table
@@ -168,6 +168,24 @@ def test_chunks_rows_and_workers(
     with pytest.raises(ValueError, match="rows: expected 0 <= start <= stop <= 900, got 3 and 901"):
         likely.decompress(first, run=fitted, rows=(3, 901))
     assert likely.decompress(first, run=fitted, workers=workers) == (tmp_path / "a.csv").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forks on Linux alone")
+def test_workers_that_have_the_source_and_workers_that_are_sent_its_rows_write_the_same(
+    fitted: likely.Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "CHUNK", 4000)
+    monkeypatch.setattr(archive, "LEAST_CHUNK", 4000)
+    monkeypatch.setattr(archive, "BORROWED", 0)
+    table(900, 4).to_csv(tmp_path / "a.csv", index=False)
+    files = []
+    for forks in (True, False):
+        monkeypatch.setattr(parallel, "_forks", lambda forks=forks: forks)
+        files.append(io.BytesIO())
+        archive.compress(fitted.model, fitted.schema, tmp_path / "a.csv", files[-1], verify=False, workers=2)
+    assert files[0].getvalue() == files[1].getvalue()
+    with Archive(files[0].getvalue()) as file:
+        assert sum(entry.kind == "rows" for entry in file.reader.chunks) > 2
 
 
 @pytest.mark.parametrize("kind", ["digits", "binary", "counts", "lines", "npy", "constant"])
