@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -30,6 +30,10 @@ import torch
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
 import likely
+from likely.data import infer_schema
+
+sys.path.insert(0, str(Path(__file__).parent))
+from turns import machine, versions, write_record
 
 RESULTS = Path(__file__).parent / "results" / "imputation"
 REMOVED = 0.3
@@ -169,7 +173,7 @@ def likely_made(frame: pd.DataFrame, seed: int, options: dict[str, Any]) -> pd.D
 
     A number of two values, which a schema takes for a category, is told to be a number, as the others take it.
     """
-    coded = [c.name for c in likely.data.infer_schema(frame).space.columns if c.coded]  # type: ignore[attr-defined]
+    coded = [c.name for c in infer_schema(frame).space.columns if c.coded]  # type: ignore[attr-defined]
     numbers = [c for c in coded if pd.api.types.is_numeric_dtype(frame[c])]
     schema = {"columns": {c: {"kind": "integer"} for c in numbers}} if numbers else None
     fitted = likely.fit(frame, "made", schema=schema, seed=seed, progress=False, **options)
@@ -236,11 +240,10 @@ def main() -> None:
         "options": arguments.options,
         "seed": arguments.seed,
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
-        "versions": {"likely": likely.__version__, "torch": torch.__version__, "scikit-learn": sklearn.__version__},
+        "machine": machine(),
+        "versions": {"likely": likely.__version__, "scikit-learn": sklearn.__version__, **versions()},
     }
-    RESULTS.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(report(result))
+    write_record(RESULTS, result, report(result))
 
 
 def report(result: dict[str, Any]) -> str:
@@ -250,14 +253,18 @@ def report(result: dict[str, Any]) -> str:
         "",
         "RMSE in standard deviations of the column; share of categories that is right; CPU seconds of fit and fill.",
         "",
+        "    LIKELY_DATA=… python benchmarks/imputation.py",
+        "",
         "| table | method | RMSE | accuracy | CPU s |",
         "|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         right = f"{row['accuracy']:.3f}" if "accuracy" in row else "–"
         lines.append(f"| {row['table']} | {row['method']} | {row['rmse']:.3f} | {right} | {row['cpu_seconds']:g} |")
-    about = f"Options {result['options']}, seed {result['seed']}; {result['machine']}; {result['versions']}"
-    return "\n".join([*lines, "", f"{about}; {result['date']}.", ""])
+    where = f"{result['machine']['system']}, {result['machine']['cores']} cores, shared, one thread"
+    used = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    about = f"Options of made: {result['options']}; seed {result['seed']}; {where}; {used}; {result['date']}."
+    return "\n".join([*lines, "", about, ""])
 
 
 if __name__ == "__main__":

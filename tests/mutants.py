@@ -52,6 +52,8 @@ from likely.distributions.logistic import GridLogisticMixture, Recalled
 from likely.distributions.normal import Normal
 from likely.evaluation import sequences
 from likely.inference.memory import Memory
+from likely.inference.neighbours import Neighbours
+from likely.inference.normal import JointNormal
 from likely.models._flow import Flow as FlowOverCells
 from likely.models._member import Member
 from likely.models.dequantised import Dequantised
@@ -1083,6 +1085,30 @@ MUTANTS = [
         "log_prob",
         "times, total = (times - 1.0).clamp(min=0.0), total - 1.0",
         "total = total - 1.0",
+    ),
+    Mutant(
+        "MADE: a row among its own neighbours in training",
+        told(of_made.test_training_hides_a_row_from_itself),
+        Made,
+        "_any_order_nats",
+        "context, own=x)",
+        "context)",
+    ),
+    Mutant(
+        "MADE: neighbours without the normalising factor of their kernel",
+        told(of_made.test_neighbours_are_a_kernel_mean_and_a_step_of_the_normal_law),
+        Neighbours,
+        "_given",
+        "precision * rows.square() - precision.log()",
+        "precision * rows.square()",
+    ),
+    Mutant(
+        "MADE: no step from the neighbours to the row",
+        told(of_made.test_neighbours_are_a_kernel_mean_and_a_step_of_the_normal_law),
+        JointNormal,
+        "given",
+        "y - centre",
+        "y - self.mean.double()",
     ),
     Mutant(
         "MADE: a row among the rows that it is held against",

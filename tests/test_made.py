@@ -7,20 +7,23 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
 from likely.checks import check_model
 from likely.coding.stack import Stack
 from likely.contract import Binary, Column, Integers, NoCodec, Reals, Table, Unsupported
-from likely.distributions.guess import _NORMAL, normal_means
+from likely.distributions.guess import _NORMAL, following, normal_means
+from likely.distributions.heads import TableHead
 from likely.distributions.logistic import Recalled
 from likely.inference.memory import Memory
+from likely.inference.neighbours import Neighbours
 from likely.inference.normal import JointNormal
 from likely.inference.structure import Rows, Search, Sketch, smoothed
 from likely.models.made import Made
 from likely.networks.features import PiecewiseLinear
-from likely.noise import StreamNoise
+from likely.noise import StreamNoise, content_keys
 
 MIXED = Table(
     columns=(
@@ -274,6 +277,26 @@ def test_logistics_stand_for_a_normal_law(k: int, divergence: float) -> None:
     assert float(gap.sum() * (x[1] - x[0])) == pytest.approx(divergence, rel=0.03)
 
 
+def test_atoms_get_the_mean_of_the_guess() -> None:
+    """Where a column is atoms alone the mean of its law is that of the guess, be it sharp or vague."""
+    rng = np.random.default_rng(0)
+    space = Table(columns=(Column("a", "integer", missing=True), Column("b", "integer", missing=True)))
+    a = rng.integers(0, 6, 500).astype(float)
+    x = torch.tensor(np.stack([a, np.clip(a + rng.integers(-1, 2, 500), 0, 5)], 1))
+    member = Made(space, order="any", hidden=(8,), likelihood_options={"recall": False})._member(0)
+    member.initialise([(x, None)], x, whole=True)
+    head = member.head
+    assert isinstance(head, TableHead) and head.has_atom.sum() == 12
+    mean = torch.tensor([[-0.9, 0.3], [1.2, -1.4], [0.0, 0.01]], dtype=torch.float64)
+    for deviation in (0.2, 0.5, 2.0):
+        spread = torch.full_like(mean, deviation)
+        numbers = following(head, member.follows, mean, spread, atom_logits=member.atom_logits)
+        logits = numbers.unflatten(1, (2, -1))[:, :, 3 * head.components :][:, :, : head.atoms.shape[1]]
+        share = (logits + member.atom_logits).masked_fill(~head.has_atom, -torch.inf).softmax(2)
+        z = (head.atoms - head.location.unsqueeze(1)) / head.unit.unsqueeze(1)
+        assert torch.allclose((share * z).sum(2), mean, atol=1e-3)
+
+
 def test_joint_normal_is_the_conditional_law_and_em_finds_it_through_holes() -> None:
     rng = np.random.default_rng(0)
     root = rng.normal(size=(4, 4))
@@ -294,6 +317,104 @@ def test_joint_normal_is_the_conditional_law_and_em_finds_it_through_holes() -> 
     rows[rng.random(rows.shape) < 0.3] = math.nan
     law.fit(torch.tensor(rows), torch.zeros(4), torch.ones(4))
     assert law.covariance.numpy() == pytest.approx(sigma, abs=0.06)
+
+
+# Neighbours ---------------------------------------------------------------------------------------------------------
+
+
+def _wavy_rows(n: int, seed: int = 0) -> Tensor:
+    """A number, its sine, and a code that says whether the number is positive; a tenth of the cells is missing."""
+    rng = np.random.default_rng(seed)
+    a = rng.uniform(-3, 3, n)
+    x = np.stack([a, np.sin(2.0 * a), (a > 0).astype(float)], 1)
+    x[rng.random(x.shape) < 0.1] = math.nan
+    return torch.tensor(x)
+
+
+def _wavy() -> Neighbours:
+    law = Neighbours([0, 0, 2])
+    law.fit(_wavy_rows(300), torch.zeros(2), torch.ones(2))
+    return law
+
+
+def _by_hand(law: Neighbours, y: np.ndarray, without: int | None = None) -> np.ndarray:
+    """Equations (1) and (2) for one row of features, by scipy's densities and numpy's solver."""
+    assert law.rows is not None and law.variances is not None
+    rows, spread = law.rows.numpy(), np.sqrt(np.exp(2 * law.log_width.numpy()) + law.variances.numpy())
+    k, u = np.flatnonzero(~np.isnan(y)), np.flatnonzero(np.isnan(y))
+    log_w = scipy.stats.norm.logpdf(y[k], rows[:, k], spread[:, k]).sum(1)
+    if without is not None:
+        log_w[without] = -np.inf
+    weights = np.exp(log_w - log_w.max())
+    centre = weights @ rows / weights.sum()
+    sigma = law.normal.covariance.numpy()
+    out = y.copy()
+    out[u] = centre[u] + sigma[np.ix_(u, k)] @ np.linalg.solve(sigma[np.ix_(k, k)], y[k] - centre[k])
+    return out
+
+
+def test_neighbours_are_a_kernel_mean_and_a_step_of_the_normal_law() -> None:
+    wavy = _wavy()
+    rows = _wavy_rows(40, seed=1)
+    rows = rows[torch.isnan(rows).any(1) & ~torch.isnan(rows).all(1)]
+    y = wavy.normal.features(rows)
+    said, _ = wavy(rows)
+    for i in range(len(rows)):
+        assert said[i].numpy() == pytest.approx(_by_hand(wavy, y[i].numpy()), abs=1e-9)
+
+
+def test_a_row_is_no_neighbour_of_itself() -> None:
+    wavy = _wavy()
+    x = _wavy_rows(300)
+    whole = (~torch.isnan(x)).all(1)
+    place = [int((wavy.keys == key).nonzero()) for key in content_keys(x[whole][:20])]  # type: ignore[attr-defined]
+    hidden = x[whole][:20].clone()
+    hidden[:, 1] = math.nan
+    y = wavy.normal.features(hidden)
+    said, _ = wavy(hidden, x[whole][:20])
+    for i in range(20):
+        assert said[i].numpy() == pytest.approx(_by_hand(wavy, y[i].numpy(), without=place[i]), abs=1e-9)
+
+
+def test_neighbours_see_what_no_line_does_and_know_how_well() -> None:
+    wavy = _wavy()
+    rows = _wavy_rows(2000, seed=2)
+    rows = rows[~torch.isnan(rows[:, 1])]
+    hidden = rows.clone()
+    hidden[:, 1] = math.nan
+    mean, deviation = wavy(hidden)
+    line, _ = wavy.normal(hidden)
+    number = ~torch.isnan(rows[:, 0])
+    error, of_line = ((said[:, 1] - rows[:, 1]).square() for said in (mean, line))
+    assert error[number].mean() < 0.1 * of_line[number].mean()
+    assert 0.7 < float((error / deviation[:, 1].square()).mean()) < 1.4
+
+
+def test_with_large_widths_neighbours_are_the_joint_normal_law() -> None:
+    law = Neighbours([0, 0, 0])
+    rng = np.random.default_rng(0)
+    x = torch.tensor(rng.normal(size=(200, 3)) @ rng.normal(size=(3, 3)))
+    law.fit(x, torch.zeros(3), torch.ones(3))
+    law.log_width.fill_(12.0)
+    query = torch.tensor([[0.3, math.nan, -0.5], [math.nan, 1.0, math.nan]], dtype=torch.float64)
+    assert torch.allclose(law(query)[0], law.normal(query)[0], atol=1e-6)
+
+
+def test_training_hides_a_row_from_itself() -> None:
+    """The loss of rows that are neighbours is that of the same rows when they are taken from among the neighbours."""
+    x = torch.unique(_mixed_rows(200), dim=0)
+    model = Made(MIXED, order="any", hidden=(8,), dropout=0.0)
+    model.initialise([(x, None)])
+    law = model._member(0).neighbours
+    assert law is not None and law.rows is not None and law.variances is not None and law.keys is not None
+    some = x[:8]
+    with torch.no_grad():
+        among = [model.loss(row.unsqueeze(0), None, _noise(i)).value for i, row in enumerate(some)]
+        kept = law.rows, law.variances, law.keys
+        for i, row in enumerate(some):
+            others = torch.arange(len(x)) != int((kept[2] == content_keys(row.unsqueeze(0))).nonzero()[0])
+            law.rows, law.variances, law.keys = (tensor[others] for tensor in kept)
+            assert torch.allclose(model.loss(row.unsqueeze(0), None, _noise(i)).value, among[i], atol=1e-6)
 
 
 # Columns of many codes, numbers that come again ---------------------------------------------------------------------

@@ -20,6 +20,9 @@ FAR = 8.0
 LEAST_DEVIATION = 0.01
 #: Largest change of an atom's logit by a guess.
 _MOST_TILT = 6.0
+#: Of the mean of atoms: steps of Newton's method, their largest, the largest slope of the logits, and how near to the
+#: outermost atoms it may come, as a share of their distance.
+_NEWTON_STEPS, _MOST_STEP, _MOST_SLOPE, _EDGE = 6, 8.0, 80.0, 1e-3
 
 #: N(0, 1) as K logistics: spacing of the means, scale, and v of the weights ∝ exp(−m²/2v), for the least divergence
 #: (nats: 0.0095, 0.0022, 0.0007, 0.0003, 0.00014, 0.00007 for K = 1 … 6, 0.00002 for K = 10).
@@ -36,7 +39,12 @@ _NORMAL = {
 
 
 def following(
-    head: TableHead, follows: Tensor, mean: Tensor, deviation: Tensor, near: tuple[Tensor, ...] | None = None
+    head: TableHead,
+    follows: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    near: tuple[Tensor, ...] | None = None,
+    atom_logits: Tensor | None = None,
 ) -> Tensor:
     """Numbers of the numeric columns that follow a normal guess: shape ``(n, columns · per_column)``.
 
@@ -48,6 +56,8 @@ def following(
         mean, deviation: of the guess, in standard units, shape ``(n, columns)``.
         near: numbers of some of the columns, and mean, deviation and share of another normal law that is mixed into
             theirs; the logistics become the normal law with the mixture's mean and variance.
+        atom_logits: logits of the atoms before the guess, shape ``(columns, atoms)``; with them the atoms are tilted
+            further, until their mean is the guess's.
     """
     z = ((head.atoms - head.location.unsqueeze(1)) / head.unit.unsqueeze(1)).to(mean).clamp(-FAR, FAR)
     tilt = _tilt(z, mean, deviation.clamp(min=LEAST_DEVIATION))
@@ -65,7 +75,9 @@ def following(
     blank = mean.new_zeros(len(mean), count, k)
     pieces = [blank, means, scales]
     if atoms:
-        pieces.append(tilt.clamp(-_MOST_TILT, _MOST_TILT) * follows.unsqueeze(1))
+        tilt = tilt.clamp(-_MOST_TILT, _MOST_TILT)
+        tilt = tilt if atom_logits is None else _with_mean(tilt, atom_logits.to(mean), head.has_atom, z, mean)
+        pieces.append(tilt * follows.unsqueeze(1))
     if head.recall:
         pieces.append(mean.new_zeros(len(mean), count, 1))
     return torch.cat(pieces, 2).flatten(1)
@@ -108,6 +120,34 @@ def _tilt(z: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     """log N(z; mean, deviation²) − log N(z; 0, 1), shape ``(n, columns, values)`` of z ``(columns, values)``."""
     away = (z - mean.unsqueeze(2)) / deviation.unsqueeze(2)
     return 0.5 * z.square() - 0.5 * away.square() - deviation.log().unsqueeze(2)
+
+
+def _with_mean(tilt: Tensor, logits: Tensor, some: Tensor, z: Tensor, mean: Tensor) -> Tensor:
+    """The tilt + λ z, brought to the same total, for which the mean of ``some`` atoms is ``mean``.
+
+    Of all laws of that mean it has the least divergence from the one that it begins with (Kullback 1959, chapter 3).
+    λ is found by Newton's method on the logit of the mean's place between the outermost atoms, which is nearly linear
+    in λ.
+    """
+    slots = max(1, int(some.sum(1).max()))  # atoms stand before the empty places
+    start, values = (logits + tilt)[:, :, :slots].masked_fill(~some[:, :slots], -torch.inf), z[:, :slots]
+    start = start.masked_fill(~some.any(1, keepdim=True), 0.0)
+    lowest = torch.where(some[:, :slots], values, FAR).amin(1)
+    highest = torch.where(some[:, :slots], values, -FAR).amax(1)
+    width = (highest - lowest).clamp(min=1e-6)
+    target = torch.logit((mean - lowest) / width, eps=_EDGE)
+    slope = torch.zeros_like(mean)
+    for _ in range(_NEWTON_STEPS):
+        share = (start + slope.unsqueeze(2) * values).softmax(2)
+        now = (share * values).sum(2)
+        spread = (share * (values - now.unsqueeze(2)).square()).sum(2)
+        place = ((now - lowest) / width).clamp(_EDGE / 10.0, 1.0 - _EDGE / 10.0)
+        rate = spread / (width * place * (1.0 - place))
+        step = (target - torch.logit(place)) / rate.clamp(min=1e-3)
+        slope = (slope + step.clamp(-_MOST_STEP, _MOST_STEP)).clamp(-_MOST_SLOPE, _MOST_SLOPE)
+    more = slope.unsqueeze(2) * z
+    total = (start + more[:, :, :slots]).logsumexp(2, keepdim=True) - start.logsumexp(2, keepdim=True)
+    return tilt + more - total
 
 
 def _mixed(first: Tensor, second: Tensor, share: Tensor) -> Tensor:

@@ -73,13 +73,19 @@ class JointNormal(nn.Module):
         """
         y = self.features(x)
         size = max(1, _CHUNK // max(1, y.shape[1] ** 2))
-        means, variances = zip(*(self._given(part)[:2] for part in y.split(size)))
+        means, variances = zip(*(self.given(part)[:2] for part in y.split(size)))
         return torch.cat(means), torch.cat(variances).clamp(min=0.0).sqrt()
 
-    def _given(self, y: Tensor, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Conditional means, variances, and (if ``full``) the sum of the covariances."""
+    def given(self, y: Tensor, centre: Tensor | None = None, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Conditional means, variances, and (if ``full``) the sum of the covariances.
+
+        Args:
+            y: features, NaN where unknown.
+            centre: mean of the law, by default its own; shape of ``y`` for one of each row.
+        """
+        centre = self.mean.double() if centre is None else centre
         known = ~torch.isnan(y)
-        centred = torch.where(known, y - self.mean.double(), 0.0)
+        centred = torch.where(known, y - centre, 0.0)
         on = known.double()
         sigma = self.covariance.double()
         # Σ_KK with the unknown features taken for independent ones: its inverse is Σ_KK⁻¹ where both are known.
@@ -88,7 +94,7 @@ class JointNormal(nn.Module):
         across = sigma * on.unsqueeze(1)  # of all features (rows) with the known ones (columns)
         half = torch.linalg.solve_triangular(root, across.transpose(1, 2), upper=False)
         white = torch.linalg.solve_triangular(root, centred.unsqueeze(2), upper=False)
-        mean = (half.transpose(1, 2) @ white).squeeze(2) + self.mean.double()
+        mean = (half.transpose(1, 2) @ white).squeeze(2) + centre
         variance = (sigma.diagonal() - half.square().sum(1)) * (1.0 - on)
         spread = sigma[:0, :0]
         if full:
@@ -124,7 +130,7 @@ class JointNormal(nn.Module):
                 if complete:
                     filled.append(part)
                 else:
-                    expected, _, lost = self._given(part, full=True)
+                    expected, _, lost = self.given(part, full=True)
                     filled.append(expected)
                     spread += lost
             whole = torch.cat(filled)

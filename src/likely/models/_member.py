@@ -19,13 +19,14 @@ from likely.distributions.guess import follow, following
 from likely.distributions.heads import BernoulliHead, CategoricalHead, Head, TableHead
 from likely.distributions.single import one_cell
 from likely.inference.memory import Memory
+from likely.inference.neighbours import Neighbours
 from likely.inference.normal import MOST_FEATURES, JointNormal
 from likely.inference.structure import Floats, Graph, Rows, Search, Sketch
 from likely.networks import Features, full_precision
 from likely.networks.cells import KnowingCells, MaskedCells
 from likely.networks.features import PiecewiseLinear
 
-#: Rows to which the joint normal law is fitted.
+#: Rows to which the joint normal law is fitted, and that are neighbours.
 NORMAL_ROWS = 5000
 #: Least probability of a code that the joint normal law may guess.
 _LEAST_SHARE = 0.005
@@ -57,6 +58,7 @@ class Member(nn.Module):
     order: Tensor
     follows: Tensor
     left: Tensor
+    atom_logits: Tensor
 
     def __init__(
         self,
@@ -85,12 +87,15 @@ class Member(nn.Module):
         self.parts = PiecewiseLinear(len(numeric), parts) if numeric and parts else None
         inputs = self.features.cell_of_feature() + [j for j in numeric for _ in range(parts)]
         self.head = _head(likelihood, space, options)
-        self.normal: JointNormal | None = None
+        self.neighbours: Neighbours | None = None
         if sketched and any_order and isinstance(self.head, TableHead):
-            normal = JointNormal(spelling.levels)
-            if 0 < len(normal.cell) <= MOST_FEATURES:
-                self.normal = normal
-                inputs = inputs + normal.cell + normal.cell
+            neighbours = Neighbours(spelling.levels)
+            cell = neighbours.normal.cell
+            if 0 < len(cell) <= MOST_FEATURES:
+                self.neighbours = neighbours
+                inputs = inputs + cell + cell
+                #: logits of the atoms before any guess
+                self.register_buffer("atom_logits", torch.zeros(self.head.atoms.shape))
         outputs = self.head.cell_of_number()
         self.register_buffer("order", torch.tensor(list(order)))
         network: type[MaskedCells | KnowingCells] = KnowingCells if any_order else MaskedCells
@@ -118,12 +123,15 @@ class Member(nn.Module):
 
     # From cells to their law ---------------------------------------------------------------------------------
 
-    def law(self, x: Tensor, context: Tensor | None, only: int | None = None) -> Distribution:
+    def law(
+        self, x: Tensor, context: Tensor | None, only: int | None = None, own: Tensor | None = None
+    ) -> Distribution:
         """The law of every cell given the known ones that come before it (with any order: all known ones).
 
         Args:
             x: shape ``(n, cells)``, NaN where unknown or missing.
             only: the cell that is asked for, if the laws of the others do not matter.
+            own: the same rows with all their cells, where some are hidden: they are no neighbours of themselves.
         """
         dtype: torch.dtype = self.head.output.bias.dtype  # type: ignore[assignment,union-attr]
         shown = x if self.spelling.columns or self.spelling.inner.missing else x.nan_to_num(0.0)
@@ -131,10 +139,10 @@ class Member(nn.Module):
         if self.parts is not None:
             h = torch.cat([h, self.parts(x[:, self.numeric], dtype)], 1)
         guess: Tensor | None = None
-        if self.normal is not None:
-            mean, deviation = self.normal(x.detach())
+        if self.neighbours is not None:
+            mean, deviation = self.neighbours(x.detach(), own)
             h = torch.cat([h, mean.to(dtype), deviation.to(dtype)], 1)
-            guess = self._guessed(self.normal, mean, deviation).to(dtype)
+            guess = self._guessed(self.neighbours.normal, mean, deviation).to(dtype)
         numbers = full_precision(self.network(h, context))
         if self.sketch is not None:
             numbers = numbers + self._sketched(x, only).to(numbers.dtype)
@@ -165,7 +173,7 @@ class Member(nn.Module):
         return (x[:, self.numeric].to(head.unit) - head.location) / head.unit
 
     def _guessed(self, normal: JointNormal, mean: Tensor, deviation: Tensor) -> Tensor:
-        """The normal law's guesses as numbers for the head: logits of codes, means and scales of numeric columns."""
+        """The guesses as numbers for the head: logits of codes, means and scales of numeric columns."""
         head, count = self.head, len(normal.numeric)
         assert isinstance(head, TableHead)
         places = [count + i for i in range(len(normal.cell) - count)]
@@ -177,7 +185,8 @@ class Member(nn.Module):
             else:
                 pieces.append(mean.new_zeros(len(mean), levels))
         if count:
-            pieces.append(following(head, self.follows, mean[:, :count], deviation[:, :count]))
+            here = mean[:, :count], deviation[:, :count]
+            pieces.append(following(head, self.follows, *here, atom_logits=self.atom_logits))
         return torch.cat(pieces, 1)
 
     def _possible(self, x: Tensor, numbers: Tensor) -> Tensor:
@@ -203,14 +212,14 @@ class Member(nn.Module):
         self.head.initialise(batches)
         if self.sketch is not None and rows is not None and len(rows):
             self._sketch(self.sketch, rows, self._recalled() if whole else [])
-        if self.normal is not None and rows is not None and len(rows):
-            self._begin_joint(self.normal, rows)
+        if self.neighbours is not None and rows is not None and len(rows):
+            self._begin_joint(self.neighbours, rows)
 
-    def _begin_joint(self, normal: JointNormal, rows: Tensor) -> None:
-        """Fit the joint normal law, and let the head begin at its guesses."""
-        head = self.head
+    def _begin_joint(self, neighbours: Neighbours, rows: Tensor) -> None:
+        """Fit the joint normal law and its neighbours, and let the head begin at their guesses."""
+        head, normal = self.head, neighbours.normal
         assert isinstance(head, TableHead)
-        normal.fit(rows[:NORMAL_ROWS], head.location, head.unit)
+        neighbours.fit(rows[:NORMAL_ROWS], head.location, head.unit)
         bias = head.output.bias
         assert isinstance(bias, Tensor)
         guessed = {j for j, _ in normal.coded}
@@ -221,6 +230,7 @@ class Member(nn.Module):
             at += levels
         for i, row in enumerate(bias[at:].reshape(-1, head.per_column)):
             self.follows[i] = float(follow(head, row, i, rows[:, self.numeric[i]]))
+            self.atom_logits[i] = row[3 * head.components :][: head.atoms.shape[1]]
 
     def _recalled(self) -> list[int]:
         """Columns whose values come again, though their grid is fine."""

@@ -14,8 +14,8 @@ network's output starts at zero, so that training begins at a Bayesian network a
 A column whose values come again though its grid is fine comes first in an order that is free, if rows of the same value
 are alike in other columns: the sketch of these is mixed with what is remembered of such rows
 (:mod:`likely.inference.memory`).
-With any order the sketch is the joint normal law of the features (:mod:`likely.inference.normal`), whose conditionals
-are known for every set of cells.
+With any order the sketch is the joint normal law of the features about the neighbours of the row, among the training
+rows (:mod:`likely.inference.neighbours`), whose conditionals are known for every set of cells.
 
 **Any order** (``order="any"``).  The network is not masked but told which cells are known: one for all D! orders
 (Uria, Murray & Larochelle 2014, arXiv 1310.1757; Hoogeboom et al. 2022, arXiv 2110.02037).  With d known cells drawn at
@@ -239,7 +239,7 @@ class Made(Model):
         count = seen.sum(1, keepdim=True)
         first = (noise.uniform((len(x), 1)).to(x.device) * count).long().clamp(max=(count - 1).clamp(min=0))
         asked = seen & (place >= first)
-        law = member.law(x.masked_fill(asked, torch.nan), context)
+        law = member.law(x.masked_fill(asked, torch.nan), context, own=x)
         nats = torch.where(asked, law.log_prob(torch.where(seen, x, 0.0)), 0.0)
         return nats.sum(1) * (count / (count - first).clamp(min=1)).squeeze(1)
 
@@ -383,9 +383,9 @@ class Made(Model):
         from likely.exact import network
 
         rows.Rows(self.space)  # refuses spaces without a probability
-        if self._member(0).normal is not None:
+        if self._member(0).neighbours is not None:
             raise NoCodec(
-                "the joint normal law of order='any' is solved in floating point; use sketch=False, or an order"
+                "neighbours and normal law of order='any' are solved in floating point; use sketch=False, or an order"
             )
         exact = network(self)
         model = exact.module
@@ -415,7 +415,7 @@ class Made(Model):
             self.condition_features.initialise(batches, of_condition=True)
         spelled = Seen(batches, self.spelling)
         rows: Tensor | None = None
-        if any(member.sketch is not None or member.normal is not None for member in self._each()):
+        if any(member.sketch is not None or member.neighbours is not None for member in self._each()):
             reservoir = Reservoir(
                 min(SKETCH_ROWS, SKETCH_CELLS // len(self.spelling.source)), len(self.spelling.source)
             )
