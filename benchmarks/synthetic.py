@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -31,6 +32,9 @@ import torch
 import likely
 from likely.data import Schema, infer_schema
 from likely.evaluation.synthetic import Measure, compare_samples
+
+sys.path.insert(0, str(Path(__file__).parent))
+from turns import write_record
 
 RESULTS = Path(__file__).parent / "results" / "synthetic"
 ADULT_ROWS, GERMAN_ROWS = 7_411, 800
@@ -151,9 +155,7 @@ def main() -> None:
             "ctgan": next((one["version"] for one in rows if "version" in one), None),
         },
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    arguments.out.with_suffix(".md").write_text(report(result), encoding="utf-8")
+    write_record(arguments.out, result, report(result))
 
 
 def report(result: dict[str, Any]) -> str:
@@ -164,6 +166,8 @@ def report(result: dict[str, Any]) -> str:
         "",
         "Efficacy: area under the ROC curve on held-out real rows of a classifier trained on these rows; of the held-out",
         "rows' line, of one trained on the real training rows.  Detection: 1 if they cannot be told from training rows.",
+        "",
+        "    LIKELY_DATA=… python benchmarks/synthetic.py --rivals /path/to/python",
         "",
         f"| {' | '.join(heads)} |",
         f"|{'---|' * len(heads)}",
