@@ -775,8 +775,11 @@ class Fitted:
         shown = held.subset(slice(0, REPORTED_EXAMPLES))
         x, condition = next(shown.batches(len(shown)))
         x = x.cpu()
-        drawn = self._draw(len(shown), condition, seed)
-        measures, pairs = self._against_real(x, seed)
+        known = self._part("train", optional=True) if isinstance(self.schema.space, Table) else None
+        known = None if known is None else known.subset(slice(0, 5 * REPORTED_EXAMPLES))
+        once = known is not None and condition is None  # one draw is shown and measured
+        drawn = self._draw(max(len(shown), len(known)) if known is not None and once else len(shown), condition, seed)
+        measures, pairs = self._against_real(known, x, drawn if once else None, seed)
         content = ReportInput(
             title=f"{self.record['name']} on {self.record['source'] or 'data in memory'}",
             space=self.schema.space,
@@ -788,7 +791,7 @@ class Fitted:
             evaluations=[evaluation],
             history=self.history(),
             data=self._shown(x, condition),
-            samples=self._shown(drawn, condition),
+            samples=self._shown(drawn[: len(shown)], condition),
             measures=measures,
             pairs=pairs,
             reconstructions=self._reconstructions(x, condition),
@@ -797,15 +800,21 @@ class Fitted:
         )
         return write_report(path, content)
 
-    def _against_real(self, held: Tensor, seed: int) -> tuple[list[Measure], list[tuple[str, str, float, float]]]:
-        """How good drawn rows of a table are beside held-out ones, and the scores of the pairs of columns of both."""
+    def _against_real(
+        self, known: Dataset | None, held: Tensor, drawn: Tensor | None, seed: int
+    ) -> tuple[list[Measure], list[tuple[str, str, float, float]]]:
+        """How good drawn rows of a table are beside held-out ones, and the scores of the pairs of columns of both.
+
+        Args:
+            known: training rows that both are held against; of none nothing is said.
+            drawn: as many or more, or None to draw as many under the condition of the training rows.
+        """
         space = self.schema.space
-        fitted = self._part("train", optional=True) if isinstance(space, Table) else None
-        if fitted is None or not isinstance(space, Table):
+        if known is None or not isinstance(space, Table):
             return [], []
-        known = fitted.subset(slice(0, 5 * REPORTED_EXAMPLES))
         x, condition = next(known.batches(len(known)))
-        x, drawn = x.cpu(), self._draw(len(x), condition, seed)
+        x = x.cpu()
+        drawn = self._draw(len(x), condition, seed) if drawn is None else drawn[: len(x)]
         names = [column.name for column in space.columns]
         both = [{(i, j): score for i, j, score in pair_scores(x, part, space)} for part in (drawn[: len(held)], held)]
         pairs = [(names[i], names[j], both[0][i, j], both[1][i, j]) for i, j in both[0] if (i, j) in both[1]]
