@@ -27,6 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent))
+from turns import machine, versions, write_record
+
 SETS = {
     "cardio": "6_cardio",
     "thyroid": "38_thyroid",
@@ -99,6 +102,7 @@ OURS: dict[str, Scorer] = {
     "IsolationForest": forest_scores,
 }
 PYOD: dict[str, Scorer] = {"pyod VAE": pyod_vae_scores}
+METHODS = [*OURS, *PYOD]
 
 
 def measure(scorers: dict[str, Scorer], folder: Path, names: list[str], seeds: list[int]) -> list[dict]:
@@ -175,10 +179,27 @@ def main() -> None:
 
 def keep(records: list[dict], names: list[str], out: Path) -> None:
     """Write the table and all values."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    about = f"Area under the ROC curve x 100; protocol and command: benchmarks/anomaly.py; {datetime.now(UTC).date()}."
-    out.with_suffix(".md").write_text(f"# Anomalies\n\n{about}\n\n{table(records, names)}\n", encoding="utf-8")
-    out.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    import sklearn
+
+    where = machine()
+    used = {"scikit-learn": sklearn.__version__, **versions()}
+    day = str(datetime.now(UTC).date())
+    seeds = {method: sorted({r["seed"] for r in records if r["method"] == method}) for method in METHODS}
+    lines = [
+        "# Anomalies",
+        "",
+        "Area under the ROC curve x 100; CPU seconds of one run over all sets; protocol: benchmarks/anomaly.py.",
+        "",
+        "    LIKELY_DATA=… python benchmarks/anomaly.py --pyod /path/to/python",
+        "",
+        table(records, names),
+        "",
+        f"Seeds {', '.join(f'{method}: {found}' for method, found in seeds.items() if found)}.",
+        f"{where['system']}, {where['cores']} cores, shared, one thread; "
+        f"{', '.join(f'{name} {version}' for name, version in used.items())}; {day}.",
+        "",
+    ]
+    write_record(out, {"records": records, "date": day, "machine": where, "versions": used}, "\n".join(lines))
 
 
 if __name__ == "__main__":
