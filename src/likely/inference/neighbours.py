@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from likely.inference.normal import JointNormal
 from likely.noise import content_keys
 
+#: Most rows that are kept, evenly spread over those that were seen.
+MOST_ROWS = 2000
 #: Steps of gradient for the widths and their rate, at first and after each filling; hidden cells a step.
 _STEPS, _RATE, _BATCH = (150, 50), (0.05, 0.03), 128
 #: How often the rows are filled by their neighbours.
@@ -92,8 +94,8 @@ class Neighbours(nn.Module):
         on, filled, rows = known.double(), torch.where(known, y, 0.0), self.rows.double()
         # 1. weights: −2 log w = Σ_d (y_d − m_id)² p_id − log p_id over the known features
         precision = 1.0 / ((2.0 * self.log_width.double()).exp() + self.variances.double())
-        away = (on * filled.square()) @ precision.t() - 2.0 * filled @ (precision * rows).t()
-        away = away + on @ (precision * rows.square() - precision.log()).t()
+        factors = torch.cat([precision, -2.0 * precision * rows, precision * rows.square() - precision.log()], 1)
+        away = torch.cat([filled.square(), filled, on], 1) @ factors.t()
         everyone = torch.arange(len(rows), device=y.device)
         weights = (-0.5 * away).masked_fill(place.unsqueeze(1) == everyone, _NEVER).softmax(1)
         # 2. the step from the neighbours to the row
@@ -111,7 +113,7 @@ class Neighbours(nn.Module):
             location, unit: of the numeric columns.
         """
         self.normal.fit(x, location, unit)
-        x = x.to(self.log_width.device)
+        x = x[:: -(-len(x) // MOST_ROWS)].to(self.log_width.device)
         self.keys, order = content_keys(x).sort()
         y = self.normal.features(x[order])
         parts = [self.normal.given(part) for part in y.split(_CHUNK)]

@@ -26,7 +26,7 @@ from likely.networks import Features, full_precision
 from likely.networks.cells import KnowingCells, MaskedCells
 from likely.networks.features import PiecewiseLinear
 
-#: Rows to which the joint normal law is fitted, and that are neighbours.
+#: Rows to which the joint normal law is fitted.
 NORMAL_ROWS = 5000
 #: Least probability of a code that the joint normal law may guess.
 _LEAST_SHARE = 0.005
