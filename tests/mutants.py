@@ -991,7 +991,7 @@ MUTANTS = [
     ),
     Mutant(
         "written derivative without the masks",
-        told(of_bijections.test_an_autoregressive_step_s_written_derivative, "relu", False),
+        told(of_bijections.test_autoregressive_steps_written_derivative, "relu", False),
         MaskedMLP,
         "lean_backward",
         "torch._foreach_mul_(of_weights",

@@ -351,16 +351,18 @@ def test_the_spline_s_written_derivative(tails: str, bins: int) -> None:
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "elu", "tanh", "gelu", "silu", "softplus"])
-def test_an_autoregressive_step_s_written_derivative(activation: str, residual: bool) -> None:
-    """Against the plain operations, first and second order; the walk back; and the same under autocast."""
+def test_autoregressive_steps_written_derivative(activation: str, residual: bool) -> None:
+    """Two steps as one node against each by itself and the plain operations, first and second order; the way back;
+    and the same under autocast."""
     torch.manual_seed(1)
-    options = {"hidden": (8, 8, 8), "order": [2, 0, 3, 1], "activation": activation, "residual": residual}
-    step = Autoregressive(Affine(), D, context=CONTEXT, **options).double()
+    options = {"context": CONTEXT, "activation": activation, "residual": residual}
+    first = Autoregressive(Affine(), D, hidden=(8, 8, 8), order=[2, 0, 3, 1], **options)
+    steps = Chain(first, Autoregressive(Affine(), D, hidden=(8, 8), order=[1, 0, 2, 3], **options)).double()
     x = torch.randn(6, D, dtype=torch.float64, requires_grad=True)
     context = torch.randn(6, CONTEXT, dtype=torch.float64, requires_grad=True)
-    leaves = [x, context, *step.parameters()]
+    leaves = [x, context, *steps.parameters()]
     with torch.no_grad():
-        for parameter in step.parameters():
+        for parameter in steps.parameters():
             parameter.add_(0.4 * torch.randn_like(parameter))
     weights = torch.randn(6, D, dtype=torch.float64)
 
@@ -370,18 +372,29 @@ def test_an_autoregressive_step_s_written_derivative(activation: str, residual: 
         second = torch.autograd.grad(sum(slope.sin().sum() for slope in first), leaves)
         return (*found, *first, *second)
 
-    network = step.network
-    plain = step._plain(x, network.shift(context), *network.weights_and_biases())
-    for got, expected in zip(slopes(step(x, context)), slopes(plain), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    def one_by_one(apply: Callable[[Autoregressive, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        z, log_det = x, torch.zeros(6, dtype=torch.float64)
+        for step in steps:
+            z, more = apply(step, z)
+            log_det = log_det + more
+        return z, log_det
+
+    def plain(step: Autoregressive, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_slope = step.columns(x, *step.arguments(context))
+        return z.t(), log_slope.sum(0)
+
+    expected = slopes(one_by_one(plain))
+    for found in (steps(x, context), one_by_one(lambda step, x: step(x, context))):
+        for got, wanted in zip(slopes(found), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
-        z, _ = step(x, context)
-        torch.testing.assert_close(step.inverse(z, context)[0], x.detach(), rtol=0, atol=1e-8)
-    step, x, context = step.float(), x.detach().float(), context.detach().float()
-    expected = step(x, context)[0]
+        z, _ = steps(x, context)
+        torch.testing.assert_close(steps.inverse(z, context)[0], x.detach(), rtol=0, atol=1e-8)
+    steps, x, context = steps.float(), x.detach().float(), context.detach().float()
+    wanted = steps(x, context)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        got = step(x, context)[0]
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        got = steps(x, context)[0]
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
         got.sum().backward()
 
 

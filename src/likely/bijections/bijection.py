@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,11 @@ class Bijection(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def through(cls, steps: Sequence[Bijection], x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` of bijections of this class one after the other, for those that are faster together."""
+        return _through(steps, x, context)
+
     def initialise(self, x: Tensor, context: Tensor | None = None) -> None:
         """Set what depends on the data, from one batch of it.  Default: nothing."""
 
@@ -54,8 +61,13 @@ class Chain(Bijection):
     def __len__(self) -> int:
         return len(self.bijections)
 
+    def _runs(self) -> Iterator[list[Bijection]]:
+        """Neighbours of one class."""
+        return (list(run) for _, run in itertools.groupby(self, type))
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _through((bijection for bijection in self), x, context)
+        runs = (functools.partial(type(run[0]).through, run) for run in self._runs())
+        return _through(runs, x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return _through((bijection.inverse for bijection in reversed(list(self))), z, context)

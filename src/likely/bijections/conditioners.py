@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -227,30 +229,36 @@ class Autoregressive(Bijection):
         self.network = MaskedMLP(features, transform.numbers, **{"hidden": (64, 64), **options})
         self.register_buffer("_place", torch.tensor(self.network.order).argsort(), persistent=False)
         start_small(self.network.output)
+        self.many = 1 + len(self.network.weights_and_biases())  #: how many :meth:`arguments` there are
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.through([self], x, context)
+
+    @classmethod
+    def through(cls, steps: Sequence[Any], x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if torch.is_autocast_enabled(x.device.type):  # the two directions agree in full precision alone
             with without_autocast(x):
-                return self.forward(full_precision(x), None if context is None else full_precision(context))
+                return cls.through(steps, full_precision(x), None if context is None else full_precision(context))
         flat = x if x.dim() == 2 else x.flatten(1)
-        shift, weights_and_biases = self.network.shift(context), self.network.weights_and_biases()
-        if isinstance(self.transform, Written) and serves(flat, shift, *weights_and_biases):
-            z, log_det = _LeanStep.apply(self, flat, shift, *weights_and_biases)
+        arguments = [argument for step in steps for argument in step.arguments(context)]
+        if all(isinstance(step.transform, Written) for step in steps) and serves(flat, *arguments):
+            z, log_det = _LeanSteps.apply(steps, flat, *arguments)
+        elif len(steps) > 1:
+            return super().through(steps, x, context)
         else:
-            z, log_det = self._plain(flat, shift, *weights_and_biases)
+            z, log_det = _plain_steps(steps, flat, *arguments)
         return z if x.dim() == 2 else z.reshape(x.shape), log_det
+
+    def arguments(self, context: Tensor | None) -> list[Any]:
+        """What the network computes with: its shift, and the weights and biases."""
+        return [self.network.shift(context), *self.network.weights_and_biases()]
 
     def cells(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z, and the log-slope of every cell: of the shape of x."""
-        z, log_slope = self._columns(x.flatten(1), self.network.shift(context), *self.network.weights_and_biases())
+        z, log_slope = self.columns(x.flatten(1), *self.arguments(context))
         return z.t().reshape(x.shape), log_slope.t().reshape(x.shape)
 
-    def _plain(self, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor) -> tuple[Tensor, Tensor]:
-        """z of shape ``(batch, features)``, and the log-det, in plain operations."""
-        z, log_slope = self._columns(x, shift, *weights_and_biases)
-        return z.t(), log_slope.sum(0)
-
-    def _columns(self, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor) -> tuple[Tensor, Tensor]:
+    def columns(self, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor) -> tuple[Tensor, Tensor]:
         """z and its log-slopes: ``(features, batch)``."""
         columns = x.t().contiguous()
         return self.transform.forward(columns, self.network.plain(columns, shift, *weights_and_biases))
@@ -272,33 +280,62 @@ class Autoregressive(Bijection):
         return columns.t().reshape(z.shape), torch.stack(log_slopes).sum(0)
 
 
-class _LeanStep(torch.autograd.Function):
-    """An autoregressive network and its transform as one node of the graph."""
+def _plain_steps(steps: Sequence[Autoregressive], x: Tensor, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z of shape ``(batch, features)``, and the log-det, in plain operations."""
+    log_det = x.new_zeros(len(x))
+    for step, own in _with_arguments(steps, arguments):
+        z, log_slope = step.columns(x, *own)
+        x, log_det = z.t(), log_det + log_slope.sum(0)
+    return x, log_det
+
+
+def _with_arguments(steps: Sequence[Autoregressive], arguments: Iterable[Any]) -> Iterator[tuple[Any, list[Any]]]:
+    """Each step, and its own part of the arguments of all."""
+    rest = iter(arguments)
+    return ((step, list(itertools.islice(rest, step.many))) for step in steps)
+
+
+class _LeanSteps(torch.autograd.Function):
+    """Autoregressive networks and their transforms, one after the other, as one node of the graph."""
 
     @staticmethod
     def forward(
-        ctx: Any, step: Autoregressive, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor
+        ctx: Any, steps: Sequence[Autoregressive], x: Tensor, *arguments: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        assert isinstance(step.transform, Written)
-        columns = x.t().contiguous()
-        numbers, of_network = step.network.lean(columns, shift, *weights_and_biases)
-        z, log_slope, of_transform = step.transform.lean(columns, numbers)
-        ctx.step, ctx.ends = step, (2 + len(weights_and_biases), 2 + len(weights_and_biases) + len(of_network))
-        ctx.save_for_backward(x, shift, *weights_and_biases, *of_network, *of_transform)
-        return z.t(), log_slope.sum(0)
+        columns, log_det, saved = x.t().contiguous(), x.new_zeros(len(x)), [x, *arguments]
+        ctx.steps, ctx.ends = steps, [len(saved)]  # of what is saved: where each part ends
+        for step, own in _with_arguments(steps, arguments):
+            numbers, of_network = step.network.lean(columns, *own)
+            columns, log_slope, of_transform = step.transform.lean(columns, numbers)
+            log_det += log_slope.sum(0)
+            for part in (of_network, of_transform):
+                saved += part
+                ctx.ends.append(len(saved))
+        ctx.save_for_backward(*saved)
+        return columns.t(), log_det
 
     @staticmethod
     def backward(ctx: Any, of_z: Tensor, of_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        step, (first, second), saved, needed = ctx.step, ctx.ends, ctx.saved_tensors, ctx.needs_input_grad
+        if torch.is_autocast_enabled(of_z.device.type):
+            with without_autocast(of_z):
+                return _LeanSteps.backward(ctx, of_z, of_log_det)
+        steps, ends, saved, needed = ctx.steps, ctx.ends, ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled():  # for the derivative of the derivative
-            return None, *differentiable_backward(step._plain, saved[:first], needed[1:], of_z, of_log_det)
-        of_columns = of_z.t().contiguous()
-        of_numbers = of_columns.new_empty(step.transform.numbers, *of_columns.shape)
-        of_x = step.transform.lean_backward(saved[second:], of_columns, of_log_det, of_numbers)
-        of_x, of_shift, of_parameters = step.network.lean_backward(
-            saved[first:second], of_numbers, of_x if needed[1] else None
-        )
-        return None, None if of_x is None else of_x.t(), of_shift if needed[2] else None, *of_parameters
+            plain = functools.partial(_plain_steps, steps)
+            return None, *differentiable_backward(plain, saved[: ends[0]], needed[1:], of_z, of_log_det)
+        of_columns: Any = of_z.t().contiguous()
+        gradients: list[Tensor | None] = []
+        for i in range(len(steps) - 1, -1, -1):
+            network, transform = steps[i].network, steps[i].transform
+            start, middle, end = ends[2 * i : 2 * i + 3]
+            of_numbers = of_columns.new_empty(transform.numbers, *of_columns.shape)
+            of_x = transform.lean_backward(saved[middle:end], of_columns, of_log_det, of_numbers)
+            of_columns, *of_arguments = network.lean_backward(
+                saved[start:middle], of_numbers, of_x if i or needed[1] else None
+            )
+            gradients = of_arguments + gradients
+        gradients.insert(0, None if of_columns is None else of_columns.t())
+        return None, *[gradient if is_needed else None for gradient, is_needed in zip(gradients, needed[1:])]
 
 
 def start_small(layer: nn.Linear) -> None:

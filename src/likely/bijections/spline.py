@@ -94,7 +94,7 @@ class Spline(Written):
         shares = torch.softmax(numbers[: 2 * k].unflatten(0, (2, k)), 1)
         knots = self._lower_ends(shares)
         passed = knots[0, 1:] <= inside
-        at = passed.sum(0, keepdim=True)
+        at = passed.sum(0, keepdim=True, dtype=torch.int16).long()
         pair = at.expand(2, 1, *x.shape)
         share_of_bin, lower = shares.gather(1, pair).squeeze(1), knots.gather(1, pair).squeeze(1)
         sizes = share_of_bin * free + least

@@ -66,6 +66,7 @@ class Flow(Model):
     location: Tensor
     unit: Tensor
     spacing: Tensor
+    _log_spacing: Tensor
     _working: Tensor
 
     def __init__(
@@ -95,6 +96,8 @@ class Flow(Model):
         for name, values in (("location", [0.0] * self.dims), ("unit", [1.0] * self.dims)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float64))
         self.register_buffer("spacing", torch.tensor(spacing, dtype=torch.float64), persistent=False)
+        log_spacing = torch.where(self.spacing > 0, self.spacing, 1.0).log()
+        self.register_buffer("_log_spacing", log_spacing, persistent=False)
         self.register_buffer("_working", torch.zeros(()), persistent=False)  # has the dtype of the arithmetic
         self.kind: Kind = "lower bound" if any(spacing) else "exact"
         if self.kind == "exact":
@@ -234,7 +237,7 @@ class Flow(Model):
 
     def _log_units(self) -> Tensor:
         """What each numeric cell's units contribute: log s on a grid, and −log σ."""
-        return torch.where(self.spacing > 0, self.spacing, 1.0).log() - self.unit.log()
+        return self._log_spacing - self.unit.log()
 
     def _context(self, x: Tensor, condition: Tensor | None) -> Tensor | None:
         return self._context_of(x[:, self._coded] if self._coded else None, condition)

@@ -161,7 +161,7 @@ class MaskedMLP(nn.Module):
 
     def lean_backward(
         self, saved: Sequence[Tensor], of_numbers: Tensor, of_x: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    ) -> list[Tensor | None]:
         """Gradients of x, added to ``of_x`` and left out without one, of the shift, and of the weights and biases."""
         _, differentiate = _ACTIVATIONS[type(self.activation)]
         depth = len(self.layers)
@@ -179,7 +179,7 @@ class MaskedMLP(nn.Module):
         if of_x is not None:
             of_x = product(weights[0].t(), of_u, of_x)
         torch._foreach_mul_(of_weights, [layer.mask for layer in self._every_layer()][::-1])
-        return of_x, of_u, [*itertools.chain(*zip(of_weights[::-1], of_biases[::-1]))]
+        return [of_x, of_u, *itertools.chain(*zip(of_weights[::-1], of_biases[::-1]))]
 
     def _every_layer(self) -> list[MaskedLinear]:
         return [*self.layers, self.output]  # type: ignore[list-item]
