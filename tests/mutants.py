@@ -1042,8 +1042,8 @@ MUTANTS = [
         contract("total_mass", NSF, Table(columns=(Column("size", "real", resolution=0.5),))),
         FlowOverCells,
         "_log_units",
-        "self.spacing, 1.0",
-        "1.0 + self.spacing, 1.0",
+        "self._log_spacing",
+        "0.0 * self._log_spacing",
     ),
     # MADE
     Mutant(

@@ -103,12 +103,12 @@ class Affine(Written):
         self.limit = limit
 
     def plain(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        mean, raw = numbers
+        mean, raw = numbers.unbind()
         log_slope = (raw / self.limit).tanh() * -self.limit
         return (x - mean) * log_slope.exp(), log_slope
 
     def lean(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        mean, raw = numbers
+        mean, raw = numbers.unbind()
         bent = (raw / self.limit).tanh_()
         log_slope = bent * -self.limit
         slope = log_slope.exp()
@@ -121,14 +121,14 @@ class Affine(Written):
         bent, slope, z = saved
         of_x = of_z * slope
         if of_numbers is not None:
-            of_mean, of_raw = of_numbers
+            of_mean, of_raw = of_numbers.unbind()
             torch.neg(of_x, out=of_mean)
             of_slope = torch.addcmul(of_log_slope, of_z, z)
             torch.ops.aten.tanh_backward.grad_input(of_slope, bent, grad_input=of_raw).neg_()
         return of_x
 
     def inverse(self, z: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        mean, raw = numbers
+        mean, raw = numbers.unbind()
         log_slope = (raw / self.limit).tanh() * self.limit
         return torch.addcmul(mean, z, log_slope.exp()), log_slope
 
