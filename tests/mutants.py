@@ -978,8 +978,8 @@ MUTANTS = [
         told(of_bijections.test_masked_network_is_triangular_and_walks_to_the_same_numbers, (7, 7, 7), 2, True),
         MaskedMLP,
         "_lean_walk",
-        "if self.residual and i:",
-        "if False:",
+        "new += h",
+        "new += 0 * h",
     ),
     Mutant(
         "context masked out",

@@ -106,7 +106,8 @@ BIJECTIONS: dict[str, tuple[Callable[[], Bijection], tuple[int, ...], bool]] = {
     "reverse": (lambda: Reverse(2), MAP, False),
     "mixing": (lambda: Mixing(D), VECTOR, False),
     "LU": (lambda: LU(D), VECTOR, False),
-    "LU from the identity": (lambda: LU(2, identity=True), MAP, False),
+    "LU from a permutation": (lambda: LU(D, start="permutation"), VECTOR, False),
+    "LU from the identity": (lambda: LU(2, start="identity"), MAP, False),
     "convolution": (lambda: InvertibleConvolution(2), MAP, False),
     "convolution, plain": (lambda: InvertibleConvolution(2, decomposed=False), MAP, False),
     "reflections": (lambda: Householder(D, 3), VECTOR, False),
@@ -432,6 +433,9 @@ def test_masked_network_is_triangular_and_walks_to_the_same_numbers(width, conte
     torch.manual_seed(0)
     order = [3, 0, 4, 1, 2]
     network = MaskedMLP(5, 3, width, context, order, "tanh", residual).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
     x = torch.randn(4, 5, dtype=torch.float64)
     given = torch.randn(4, context, dtype=torch.float64) if context else None
     slopes = torch.autograd.functional.jacobian(lambda v: network(v, given).sum((0, 1)), x).sum(1)
@@ -452,6 +456,19 @@ def test_degrees_of_hidden_units_cover_the_features() -> None:
         assert degrees == sorted(degrees) and degrees[-1] == features - 1
         if width >= features - lowest:
             assert set(degrees) == set(range(lowest, features))
+
+
+def test_a_residual_network_starts_linear_and_refuses_what_is_none() -> None:
+    torch.manual_seed(0)
+    network = MaskedMLP(4, 3, (9, 9)).double()
+    assert network.residual and not MaskedMLP(4, 3, (9, 8)).residual and not MaskedMLP(4, 3, (9,)).residual
+    x = torch.randn(2, 6, 4, dtype=torch.float64)
+    torch.testing.assert_close(network(x[0] + x[1]) + network(0.0 * x[0]), network(x[0]) + network(x[1]))
+    for hidden in ((9,), (9, 8)):
+        with pytest.raises(ValueError, match="hidden: a residual network has two layers or more, of one width, got"):
+            MaskedMLP(4, 3, hidden, residual=True)
+    with pytest.raises(RuntimeError, match="_starts_linear"):
+        network.load_state_dict(MaskedMLP(4, 3, (9, 9), residual=False).state_dict())
 
 
 def test_mask_is_refused_that_changes_nothing_and_order_that_is_none() -> None:

@@ -108,7 +108,7 @@ class VectorNetwork(nn.Module):
         hidden: Sequence[int],
         context: int = 0,
         activation: str = "relu",
-        residual: bool = False,
+        residual: bool | None = False,
     ) -> None:
         super().__init__()
         self.numbers, self.has_context = numbers, context > 0

@@ -73,17 +73,22 @@ class Mixing(_Mixing):
 class LU(_Mixing):
     """z = P L U x with a fixed permutation P, L unit lower and U upper triangular (Glow, their eq. 10).
 
-    log |det| is a sum over U's diagonal, sign · e^s; inversion solves two triangular systems.  It starts as a random
-    rotation, or with ``identity`` as the identity.
+    log |det| is a sum over U's diagonal, sign · e^s; inversion solves two triangular systems.
+
+    Args:
+        start: what it starts as: a random ``rotation``, a random ``permutation``, or the ``identity``.
     """
 
     order: Tensor
     sign: Tensor
 
-    def __init__(self, features: int, identity: bool = False) -> None:
+    def __init__(self, features: int, start: str = "rotation") -> None:
         super().__init__(features)
-        start = torch.eye(features) if identity else _rotation(features)
-        permutation, lower, upper = torch.linalg.lu(start)
+        if start not in ("rotation", "permutation", "identity"):
+            raise ValueError(f"start: expected 'rotation', 'permutation' or 'identity', got {start!r}")
+        order = torch.randperm(features) if start == "permutation" else torch.arange(features)
+        matrix = _rotation(features) if start == "rotation" else torch.eye(features)[order]
+        permutation, lower, upper = torch.linalg.lu(matrix)
         self.register_buffer("order", permutation.argmax(1))  # row i of P L is row order[i] of L
         self.register_buffer("sign", torch.where(upper.diagonal() < 0, -1.0, 1.0))
         self.lower = nn.Parameter(lower.tril(-1))

@@ -75,13 +75,13 @@ class Spline(Written):
         at = _place(inside, knots[1])
         (w, h), (x0, y0), (d0, d1) = self._bin(at, sizes, knots, edges)
         s = h / w
-        rise = ((inside - y0) / h).clamp(0.0, 1.0)
+        outside = z != inside
+        rise = ((inside - y0) / h).clamp(0.0, 1.0).masked_fill(outside, 0.5)  # at an end the root may be of nothing
         bend = (d0 + d1 - 2.0 * s) * rise
         a, b, c = s - d0 + bend, d0 - bend, -s * rise  # a θ² + b θ + c = 0
         root, bent = b.abs() + (b * b - 4.0 * a * c).clamp(min=0.0).sqrt(), b < 0  # of two ways, the one without
         theta = torch.where(bent, root, -2.0 * c) / torch.where(bent, 2.0 * a, root)  # a difference of equals
         _, log_slope = _rational(theta, s, h, d0, d1)
-        outside = z != inside
         if self.tails == "identity":
             return torch.where(outside, z, x0 + theta * w), torch.where(outside, 0.0, -log_slope)
         edge = torch.where(z < self.low, d0, d1)

@@ -40,10 +40,11 @@ class NSF(Flow, Model):
         box: half the width of the box in which the splines act, in deviations.
         conditioner: ``autoregressive`` (better, slower to sample) or ``coupling``.
         tails: ``heavy``, or ``normal`` without the first map.
-        mixing: whether a linear map (by its LU factors, started as the identity) stands before each transform: often
-            a better fit, but a cell then has no share of the bound of its own (``column_nats``).
+        mixing: whether a linear map (by its LU factors, started as a random permutation) stands before each transform:
+            often a better fit, but a cell then has no share of the bound of its own (``column_nats``).
         activation: of the networks.
-        residual: whether the networks are residual.
+        residual: whether the networks are residual; by default autoregressive ones are, if all hidden layers, two or
+            more, are of one width.
         code_options: of model ``made``, which has the coded columns, such as ``{"hidden": (64, 64)}``.
     """
 
@@ -60,7 +61,7 @@ class NSF(Flow, Model):
         tails: str = "heavy",
         mixing: bool = False,
         activation: str = "relu",
-        residual: bool = False,
+        residual: bool | None = None,
         code_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(space, condition, code_options)
@@ -77,7 +78,7 @@ class NSF(Flow, Model):
         places = list(range(self.dims))
         for t in range(transforms):
             if mixing:
-                steps.append(LU(self.dims, identity=True))
+                steps.append(LU(self.dims, start="permutation"))
             spline = Spline(bins, box)
             if conditioner == "autoregressive":
                 order = places if t % 2 == 0 else places[::-1]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from likely.networks.conditioning import zero
 from likely.networks.linear import Linear, affine, affine_columns, product
 from likely.networks.mlp import make_activation
 
@@ -65,7 +66,10 @@ class MaskedLinear(Linear):
 class MaskedMLP(nn.Module):
     """An autoregressive network on vectors: the numbers for a feature depend on the features before it, and a context.
 
-    h₁ = act(W₀ x + C c);  hₗ₊₁ = act(Wₗ hₗ), or with ``residual`` hₗ + act(Wₗ hₗ);  output = W hₗ.
+    h₁ = act(W₀ x + C c);  hₗ₊₁ = act(Wₗ hₗ);  output = W hₗ.
+
+    A residual network is linear but for what its layers add: h₁ = W₀ x + C c;  hₗ₊₁ = hₗ + Wₗ act(hₗ);  output = W hₗ
+    (pre-activation: He et al. 2016, arXiv 1603.05027), with Wₗ started at zero.
 
     >>> network = MaskedMLP(3, 2, (16, 16), order=[2, 0, 1])
     >>> x = torch.randn(4, 3)
@@ -82,7 +86,8 @@ class MaskedMLP(nn.Module):
         hidden: widths of the hidden layers; at least as wide as there are features, or some dependences are lost.
         context: width of the context vector, 0 if there is none.
         order: the features in the order in which they are drawn; by default as they stand.
-        residual: whether a hidden layer adds to the one before it (all are then of one width).
+        residual: whether it is residual, which takes two hidden layers or more, all of one width; by default if they
+            are.
     """
 
     def __init__(
@@ -93,7 +98,7 @@ class MaskedMLP(nn.Module):
         context: int = 0,
         order: Sequence[int] | None = None,
         activation: str = "relu",
-        residual: bool = False,
+        residual: bool | None = None,
     ) -> None:
         super().__init__()
         self.order = list(range(features)) if order is None else [int(i) for i in order]
@@ -101,9 +106,11 @@ class MaskedMLP(nn.Module):
             raise ValueError(f"order: expected a permutation of 0 to {features - 1}, got {self.order}")
         if not hidden:
             raise ValueError("hidden: expected at least one layer width, got none")
-        if residual and len(set(hidden)) != 1:
-            raise ValueError(f"hidden: a residual network has layers of one width, got {tuple(hidden)}")
-        self.features, self.out_per_feature, self.residual = features, out_per_feature, residual
+        alike = len(hidden) > 1 and len(set(hidden)) == 1
+        if residual and not alike:
+            raise ValueError(f"hidden: a residual network has two layers or more, of one width, got {tuple(hidden)}")
+        self.features, self.out_per_feature = features, out_per_feature
+        self.residual = alike if residual is None else residual
         place = [self.order.index(i) for i in range(features)]
         # Units of degree 0 see the context alone; without one they would be constants.
         lowest = 0 if context or features == 1 else 1
@@ -115,6 +122,11 @@ class MaskedMLP(nn.Module):
         self.context = Linear(context, hidden[0], bias=False) if context else None
         self.output = MaskedLinear(steps[-1], place * out_per_feature)
         self.activation = make_activation(activation)
+        if self.residual:
+            for layer in self.layers[1:]:
+                zero(layer)
+            #: the state of a network of the former residual form has no such entry, and is refused
+            self.register_buffer("_starts_linear", torch.ones(()))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Numbers for every feature: shape ``(out_per_feature, batch, features)``, in memory the examples last."""
@@ -133,49 +145,58 @@ class MaskedMLP(nn.Module):
 
     def plain(self, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor) -> Tensor:
         """Numbers for examples that stand as columns, ``(features, batch)``: ``(out_per_feature, features, batch)``."""
-        h, new = x, x
+        last = len(self.layers)
+        h = x
         for i, layer in enumerate(self._every_layer()):
             weight, bias = weights_and_biases[2 * i : 2 * i + 2]
-            new = affine_columns(h, weight * layer.mask, bias)
-            if i < len(self.layers):
-                new = self.activation(new if i or shift is None else new + shift)
-                h = h + new if self.residual and i else new
-        return new.view(self.out_per_feature, self.features, -1)
+            adds = self.residual and 0 < i < last
+            new = affine_columns(self.activation(h) if adds else h, weight * layer.mask, bias)
+            if not i and shift is not None:
+                new = new + shift
+            h = h + new if adds else new if self.residual or i == last else self.activation(new)
+        return h.view(self.out_per_feature, self.features, -1)
 
     def lean(self, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor) -> tuple[Tensor, list[Tensor]]:
         """:meth:`plain` without a graph, and what :meth:`lean_backward` needs."""
         activate, _ = _ACTIVATIONS[type(self.activation)]
         weights = torch._foreach_mul(weights_and_biases[::2], [layer.mask for layer in self._every_layer()])
-        h, arguments, values, entering = x, [], [], [x]
+        last = len(self.layers)
+        h, entering, arguments = x, [], []  # what enters a layer, and what its activation was taken of
         for i, (weight, bias) in enumerate(zip(weights, weights_and_biases[1::2])):
-            u = affine_columns(h, weight, bias)
-            if i == len(self.layers):
-                break
+            adds = self.residual and 0 < i < last
+            if adds:
+                arguments.append(h)
+            entering.append(self.activation(h) if adds else h)
+            u = affine_columns(entering[-1], weight, bias)
             if not i and shift is not None:
                 u += shift
-            arguments.append(u)
-            values.append(activate(u))
-            h = h + values[-1] if self.residual and i else values[-1]
-            entering.append(h)
-        return u.view(self.out_per_feature, self.features, -1), [*weights, *entering, *arguments, *values]
+            if adds:
+                h = u.add_(h)
+            elif self.residual or i == last:
+                h = u
+            else:
+                arguments.append(u)
+                h = activate(u)
+        return h.view(self.out_per_feature, self.features, -1), [*weights, *entering, *arguments]
 
     def lean_backward(
         self, saved: Sequence[Tensor], of_numbers: Tensor, of_x: Tensor | None = None
     ) -> list[Tensor | None]:
         """Gradients of x, added to ``of_x`` and left out without one, of the shift, and of the weights and biases."""
         _, differentiate = _ACTIVATIONS[type(self.activation)]
-        depth = len(self.layers)
-        weights, entering = saved[: depth + 1], saved[depth + 1 : 2 * depth + 2]
-        arguments, values = saved[2 * depth + 2 : 3 * depth + 2], saved[3 * depth + 2 :]
-        of_u, of_h = of_numbers.flatten(0, 1), None  # of what leaves a layer and what enters it
+        last = len(self.layers)
+        weights, entering, arguments = saved[: last + 1], saved[last + 1 : 2 * last + 2], saved[2 * last + 2 :]
+        of_u = of_numbers.flatten(0, 1)  # of what leaves a layer
         of_weights, of_biases = [], []
-        for i in range(depth, -1, -1):
-            if of_h is not None:
-                of_u = differentiate(of_h, arguments[i], values[i])
+        for i in range(last, -1, -1):
             of_biases.append(of_u.sum(1))
             of_weights.append(product(of_u, entering[i].t()))
-            if i:
-                of_h = product(weights[i].t(), of_u, of_h if self.residual else None)
+            if not i:
+                break
+            of_h = product(weights[i].t(), of_u)
+            if not (self.residual and i == last):
+                of_h = differentiate(of_h, arguments[i - 1], entering[i])
+            of_u = of_u + of_h if self.residual and i < last else of_h
         if of_x is not None:
             of_x = product(weights[0].t(), of_u, of_x)
         torch._foreach_mul_(of_weights, [layer.mask for layer in self._every_layer()][::-1])
@@ -197,16 +218,17 @@ class MaskedMLP(nn.Module):
         weights[0] = weights[0][:, self.order]  # the inputs in the order of their arrival
         units, of_features, biases, shift = self._blocks(weights, context)
         known = [weights[0].new_empty(0, n) for _ in weights]  # what enters each layer
+        h = known[0]
         for place, feature in enumerate(self.order):
             for i, (weight, bias) in enumerate(zip(units, biases)):
                 below = known[i]
                 new = torch.addmm(bias[place], weight[place][:, : len(below)], below)
                 if i == 0 and shift is not None:
                     new = new + shift[place]
-                new = self.activation(new)
-                if self.residual and i:
-                    new = new + below[len(known[i + 1]) :][: len(new)]
-                known[i + 1] = torch.cat([known[i + 1], new])
+                if self.residual:
+                    new = h = new + h if i else new
+                enters = new if self.residual and i + 1 == len(self.layers) else self.activation(new)
+                known[i + 1] = torch.cat([known[i + 1], enters])
             weight, bias = of_features[feature]
             value = yield torch.addmm(bias, weight[:, : len(known[-1])], known[-1])
             known[0] = torch.cat([known[0], value.unsqueeze(0)])
@@ -218,7 +240,8 @@ class MaskedMLP(nn.Module):
         weights[0] = weights[0][:, self.order]
         units, of_features, biases, shift = self._blocks(weights, context)
         entering = [weight.new_zeros(weight.shape[1], n) for weight in weights]
-        rows = [h.split(counts) for h, counts in zip(entering, ([1] * self.features, *self._counts))]
+        rows = [known.split(counts) for known, counts in zip(entering, ([1] * self.features, *self._counts))]
+        h = entering[0]  # of a residual network: what its last layer left at this place
         for place, feature in enumerate(self.order):
             for i, (weight, bias) in enumerate(zip(units, biases)):
                 if not self._counts[i][place]:
@@ -226,11 +249,14 @@ class MaskedMLP(nn.Module):
                 new = torch.addmm(bias[place], weight[place], entering[i], out=rows[i + 1][place])
                 if i == 0 and shift is not None:
                     new += shift[place]
+                if self.residual and i:
+                    new += h
+                if self.residual and i + 1 == len(self.layers):
+                    continue
+                h = new.clone() if self.residual else new
                 value = activate(new)
                 if value is not new:
                     new.copy_(value)
-                if self.residual and i:
-                    new += rows[i][place]
             weight, bias = of_features[feature]
             rows[0][place].copy_((yield torch.addmm(bias, weight, entering[-1])))
 
