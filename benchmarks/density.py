@@ -81,7 +81,7 @@ def likely_flow(kind: str, dims: int) -> tuple[torch.nn.Module, Callable[[torch.
     if "mixing" in kind:
         options["mixing"] = True
     if "bare" in kind:
-        options["tails"] = "normal"
+        options |= {"tails": "normal", "residual": False}
     if "defaults" in kind:
         options = {}
     model = find(name)(Reals((dims,)), **options)

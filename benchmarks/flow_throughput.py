@@ -4,10 +4,11 @@
 
 PYTHON is that of an environment with zuko 1.6.0, nflows 0.14 and normflows 1.7.3.  All fit the same architecture (that of
 density.py: three transforms, two hidden layers of 64, eight bins; ours without its first map, which bends the tails and
-which the others lack) with the same optimiser (PyTorch's Adam, fused, the fastest that all can have) to the same
-batches of 256 standard normal rows, in float32 on one thread.  Each is a process of its own, and they take turns
-(turns.py); a turn is ten training steps and one draw of samples.  The clock is processor time, the figures are medians
-over rounds, ratios those of the same round.  Memory is how much the process grew from before its first turn to its peak.
+which the others lack, and without residual layers, as zuko's and nflows') with the same optimiser (PyTorch's Adam,
+fused, the fastest that all can have) to the same batches of 256 standard normal rows, in float32 on one thread.  Each
+is a process of its own, and they take turns (turns.py); a turn is ten training steps and one draw of samples.  The clock
+is processor time, the figures are medians over rounds, ratios those of the same round.  Memory is how much the process
+grew from before its first turn to its peak.
 """
 
 from __future__ import annotations
