@@ -460,8 +460,8 @@ def test_degrees_of_hidden_units_cover_the_features() -> None:
 
 def test_a_residual_network_starts_linear_and_refuses_what_is_none() -> None:
     torch.manual_seed(0)
-    network = MaskedMLP(4, 3, (9, 9)).double()
-    assert network.residual and not MaskedMLP(4, 3, (9, 8)).residual and not MaskedMLP(4, 3, (9,)).residual
+    network, *others = (MaskedMLP(4, 3, hidden, residual=None).double() for hidden in ((9, 9), (9, 8), (9,)))
+    assert network.residual and not any(other.residual for other in others)
     x = torch.randn(2, 6, 4, dtype=torch.float64)
     torch.testing.assert_close(network(x[0] + x[1]) + network(0.0 * x[0]), network(x[0]) + network(x[1]))
     for hidden in ((9,), (9, 8)):

@@ -176,7 +176,7 @@ class Flow(Model):
     def tiny(cls, space: Space, condition: Space | None = None) -> Flow:
         """Two transforms of a few hidden units, with weights large enough that all of it matters."""
         codes = {"hidden": (6,), "activation": "tanh", "dropout": 0.0, "embedding_dim": 2, "sketch": False}
-        options: dict[str, Any] = {"transforms": 2, "hidden": (6,), "activation": "tanh", "code_options": codes}
+        options: dict[str, Any] = {"transforms": 2, "hidden": (6, 6), "activation": "tanh", "code_options": codes}
         model = cls(space, condition, **options, **cls._tiny)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)

@@ -34,8 +34,8 @@ class IAF(Flow, Model):
         hidden: widths of the hidden layers of each transform's network.
         tails: ``heavy`` for an arcsinh with a learned rate next to the data, or ``normal``.
         activation: of the networks.
-        residual: whether the networks are residual; by default autoregressive ones are, if all hidden layers, two or
-            more, are of one width.
+        residual: whether the networks are residual: linear, but for what their layers add.  Better near the data, but
+            far outside the slope of an affine map then goes its own way.
         code_options: of model ``made``, which has the coded columns, such as ``{"hidden": (64, 64)}``.
     """
 
@@ -48,7 +48,7 @@ class IAF(Flow, Model):
         hidden: Sequence[int] = (128, 128),
         tails: str = "heavy",
         activation: str = "relu",
-        residual: bool | None = None,
+        residual: bool = False,
         code_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(space, condition, code_options)

@@ -37,8 +37,8 @@ class MAF(Flow, Model):
         components: logistics of each conditional's mixture; 0 for the affine map of the paper.
         tails: ``heavy`` for an arcsinh with a learned rate before the first transform, or ``normal``.
         activation: of the networks.
-        residual: whether the networks are residual; by default autoregressive ones are, if all hidden layers, two or
-            more, are of one width.
+        residual: whether the networks are residual: linear, but for what their layers add.  Better near the data, but
+            far outside the slope of an affine map then goes its own way.
         code_options: of model ``made``, which has the coded columns, such as ``{"hidden": (64, 64)}``.
     """
 
@@ -52,7 +52,7 @@ class MAF(Flow, Model):
         components: int = 0,
         tails: str = "heavy",
         activation: str = "relu",
-        residual: bool | None = None,
+        residual: bool = False,
         code_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(space, condition, code_options)

@@ -86,8 +86,7 @@ class MaskedMLP(nn.Module):
         hidden: widths of the hidden layers; at least as wide as there are features, or some dependences are lost.
         context: width of the context vector, 0 if there is none.
         order: the features in the order in which they are drawn; by default as they stand.
-        residual: whether it is residual, which takes two hidden layers or more, all of one width; by default if they
-            are.
+        residual: whether it is residual, which takes two hidden layers or more, all of one width; None: where they are.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class MaskedMLP(nn.Module):
         context: int = 0,
         order: Sequence[int] | None = None,
         activation: str = "relu",
-        residual: bool | None = None,
+        residual: bool | None = False,
     ) -> None:
         super().__init__()
         self.order = list(range(features)) if order is None else [int(i) for i in order]
