@@ -175,7 +175,8 @@ def likely_made(frame: pd.DataFrame, seed: int, options: dict[str, Any]) -> pd.D
     """
     coded = [c.name for c in infer_schema(frame).space.columns if c.coded]  # type: ignore[attr-defined]
     numbers = [c for c in coded if pd.api.types.is_numeric_dtype(frame[c])]
-    schema = {"columns": {c: {"kind": "integer"} for c in numbers}} if numbers else None
+    kinds = {c: "integer" if (frame[c].dropna() % 1 == 0).all() else "real" for c in numbers}
+    schema = {"columns": {c: {"kind": kind} for c, kind in kinds.items()}} if kinds else None
     fitted = likely.fit(frame, "made", schema=schema, seed=seed, progress=False, **options)
     out, model = fitted.impute(frame), fitted.model
     means = model.impute(fitted.schema.read(frame).x, on_grid=False)  # type: ignore[operator]
