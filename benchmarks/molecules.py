@@ -33,23 +33,11 @@ from likely.evaluation import held_out
 from likely.models.transformer import Transformer
 from likely.training import train
 from likely.units import bits
+from text import TRAINING as OF_TEXT
 from text import compressors, seconds_per_step
 
 MODEL: dict[str, Any] = {"width": 128, "layers": 4, "ngrams": (2, 3), "ngram_bits": 12}
-TRAINING: dict[str, Any] = {
-    "batch_size": 32,
-    "learning_rate": 1e-2,
-    "warmup": 50,
-    "decay": "cosine",
-    "clip_norm": 1.0,
-    "precision": "bfloat16",
-    "optimizer": "muon",
-    "optimizer_options": {"betas": (0.9, 0.98)},
-    "weight_decay": 0.01,
-    "average_fraction": 0.02,
-    "patience": None,
-    "progress": False,
-}
+TRAINING: dict[str, Any] = {**OF_TEXT, "batch_size": 32, "progress": False}
 
 
 def strings(path: Path) -> list[str]:

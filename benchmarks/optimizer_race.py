@@ -434,10 +434,8 @@ def report(found: dict[str, Any], where: dict[str, list[str]], command: str) -> 
                 f"| {row['optimizer']} | {row['lr']:g}, {row['decay']:g} | {told(row['bound'], digits)} "
                 f"| {told(row['steps'], 2)} | {told(row['time'], 2)} | {row['milliseconds']:.1f} |"
             )
-    lines += ["", "Measured on:", ""]
-    return "\n".join(
-        [*lines, *(f"* {name}: {', '.join(entered)}" for name, entered in where.items()), "", f"`{command}`", ""]
-    )
+    lines += ["", "Measured on:", "", *(f"* {name}: {', '.join(entered)}" for name, entered in where.items())]
+    return "\n".join([*lines, "", f"`{command}`", ""])
 
 
 def main() -> None:

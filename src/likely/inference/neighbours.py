@@ -77,15 +77,19 @@ class Neighbours(nn.Module):
             x: cells in the units of the data, shape ``(n, columns)``, NaN where unknown.
             own: the same rows with all that is known of them, which leave themselves out; by default ``x``.
         """
-        y = self.normal.features(x)
         if self.keys is None:
             return self.normal(x)
         keys = content_keys(x if own is None else own)
         place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
         place = torch.where(self.keys[place] == keys, place, -1)
+        mean, variance = self._in_chunks(self.normal.features(x), place)
+        return mean, (self.gain.double() * variance).clamp(min=0.0).sqrt()
+
+    def _in_chunks(self, y: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`_given` of any number of rows."""
         pairs = [self._given(*part) for part in zip(y.split(_CHUNK), place.split(_CHUNK))]
         mean, variance = (torch.cat(part) for part in zip(*pairs))
-        return mean, (self.gain.double() * variance).clamp(min=0.0).sqrt()
+        return mean, variance
 
     def _given(self, y: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """Equation (2) and the joint normal law's variances; ``place``: the row to leave out, −1 for none."""
@@ -156,9 +160,7 @@ class Neighbours(nn.Module):
 
     def _each(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Equation (2) for the rows themselves, each left out of its own neighbours, and the variances."""
-        places = torch.arange(len(y), device=y.device)
-        parts = [self._given(*part) for part in zip(y.split(_CHUNK), places.split(_CHUNK))]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        return self._in_chunks(y, torch.arange(len(y), device=y.device))
 
     def _errors(self, y: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Of the hidden features, squared error over variance: sums of it and of what the normal law expects (1)."""
