@@ -34,7 +34,7 @@ LAYERS = [
     {"exact"},
     {"contract"},
     {"noise"},
-    {"processor"},
+    {"processor", "memory"},
     {"units"},
 ]
 #: A face may use another face.

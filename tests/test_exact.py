@@ -8,8 +8,10 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -127,6 +129,70 @@ def test_no_sum_can_reach_two_to_the_24(shape: tuple[int, int], heavy: bool) -> 
     right = x @ weight.t()
     for route in product.routes:
         assert torch.equal(product.by(route, x.float()), right.double().float()), route
+
+
+def _of_tiles(x: Tensor, w: Tensor, plain: Any = F.linear) -> Tensor:
+    """What a processor with tiles computes while the switch is thrown."""
+    thrown = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    return plain(x.bfloat16().float(), w.bfloat16().float()) if thrown else plain(x, w)
+
+
+@pytest.mark.parametrize(
+    ("shape", "heaviest"), [((512, 784), 255), ((512, 784), 100), ((512, 60), 255), ((80, 3000), 255)]
+)
+def test_tiles_give_the_sums(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], heaviest: int) -> None:
+    """Activations of one bfloat16, of two (little or much above 256), and in blocks; whatever processor this is."""
+    monkeypatch.setattr(F, "linear", _of_tiles)
+    monkeypatch.setattr(products, "TILES", True)
+    monkeypatch.setattr(products, "_TILED", 0)
+    monkeypatch.setattr(products, "_WIDE", 1)
+    weight = torch.randint(-heaviest, heaviest + 1, shape)
+    product = Product(weight, "linear", PROFILE)
+    assert product.routes[0] == "tiles"
+    assert (product.limit <= 256) == (heaviest == 255 and shape[1] > 60) and (product.limit > 512) == (shape[1] == 60)
+    x = torch.randint(-product.limit, product.limit + 1, (3, 40, shape[1]))
+    x[0, 0] = torch.where(weight[1] < 0, -product.limit, product.limit)
+    thrown = []
+    bfloat16_factors = products.bfloat16_factors
+    monkeypatch.setattr(products, "bfloat16_factors", lambda: (thrown.append(1), bfloat16_factors())[1])
+    right = (x.double() @ weight.t().double()).float()
+    assert torch.equal(product.by("tiles", x.float()), right) and len(thrown) == len(product.cuts)
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # type: ignore[attr-defined]
+    assert product.passes("tiles", torch.device("cpu"))
+    # Another thread might multiply meanwhile: the switch, which is the whole process's, is left alone.
+    thrown.clear()
+    other = threading.Timer(60.0, print)
+    other.start()
+    try:
+        assert torch.equal(product.by("tiles", x.float()), right) and not thrown
+        assert not product.passes("tiles", torch.device("cpu"))
+    finally:
+        other.cancel()
+        other.join()
+
+
+def test_the_switch_of_precision_is_put_back() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    with pytest.raises(KeyError), products.bfloat16_factors():
+        raise KeyError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
+
+
+def test_tiles_that_lose_bits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "TILES", True)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(600, 520), nn.SiLU(), nn.Linear(520, 3))
+    digest = exact.network(net).probe()
+    assert list(exact.network(net).routes.values()) == ["tiles", "native"]
+    plain = F.linear
+
+    def linear(x: Tensor, w: Tensor) -> Tensor:
+        reduced = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+        return _in_halves(x, w) if reduced else plain(x, w)
+
+    monkeypatch.setattr(F, "linear", linear)
+    assert list(exact.network(net).routes.values()) == ["native", "native"]
+    assert exact.network(net).probe() == digest
 
 
 def test_blocks_are_cut_only_where_needed() -> None:

@@ -236,7 +236,8 @@ def test_without_a_dense_layer_the_latent_vector_is_a_map() -> None:
         assert changed[..., 1, :].any() and not changed[..., 0, :].any()
         here = model.posterior_head(model.encoder(model.features(x, torch.float64))).unflatten(-1, (8, 2, 2))
         kernel, shift = model.posterior_head.weight[:, :, 0, 0], model.posterior_head.bias
-        features = model.encoder(model.features(x, torch.float64)).unflatten(-1, (5, 2, 2))
+        features = model.encoder(model.features(x, torch.float64))
+        assert features.shape == (4, 5, 2, 2)
         expected = torch.einsum("oi,nihw->nohw", kernel, features) + shift[:, None, None]
         assert torch.allclose(here, expected)
     with pytest.raises(ValueError, match="multiple of 4, the places"):

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import likely
+from likely.memory import keep_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +47,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def main() -> None:
     """The command ``likely``."""
+    keep_memory()
     sys.exit(run(sys.argv[1:]))
 
 

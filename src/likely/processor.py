@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 
@@ -23,6 +25,31 @@ ONEDNN = _prefers_onednn()
 LARGE = 1 << 20
 #: Whether it multiplies bfloat16 by tiles (AMX), an order of magnitude faster than float32.
 TILES = bool(torch.cpu._is_amx_tile_supported())
+
+
+#: Packages whose threads redraw a progress bar and multiply nothing.
+_IDLE = frozenset({"rich", "tqdm"})
+
+
+def alone() -> bool:
+    """Whether no other thread of this process may multiply: only then may a switch of the whole process be thrown.
+
+    >>> alone()
+    True
+    >>> other = threading.Timer(10.0, print)
+    >>> other.start()
+    >>> alone()
+    False
+    >>> other.cancel()
+    """
+    if threading.active_count() == 1:
+        return True
+    here = threading.current_thread()
+    return all(thread is here or _idle(thread) for thread in threading.enumerate())
+
+
+def _idle(thread: threading.Thread) -> bool:
+    return getattr(thread, "multiplies", True) is False or type(thread).__module__.partition(".")[0] in _IDLE
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
+from likely.memory import keep_memory
+
 #: Results that may wait for their turn, for each process; arguments are drawn from their iterable no further ahead.
 AHEAD = 4
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -61,6 +63,7 @@ def map_chunks(
         ValueError: fewer than one worker.
         RuntimeError: a process died, as it does when the system runs out of memory.
     """
+    keep_memory()
     workers = usable_cores() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
@@ -88,6 +91,12 @@ def _forks() -> bool:
     )
 
 
+class _Feeder(threading.Thread):
+    """A thread that only waits for pipes: see :func:`likely.processor.alone`."""
+
+    multiplies = False
+
+
 class _Map:
     """One map: arguments wait in a queue, from which this process and a thread for each other process take them."""
 
@@ -112,7 +121,7 @@ class _Map:
 
     def run(self) -> Iterator[Any]:
         processes: list[BaseProcess] = []
-        threads: list[threading.Thread] = []
+        threads: list[_Feeder] = []
         call: Callable[[Any], Any] | None = None
         given = 0
         try:
@@ -183,7 +192,7 @@ class _Map:
                 self._changed.notify()
             self._drawn += 1
 
-    def _start(self, processes: list[BaseProcess], threads: list[threading.Thread]) -> None:
+    def _start(self, processes: list[BaseProcess], threads: list[_Feeder]) -> None:
         """Start the other processes, then, since a fork should have none, the threads that feed them."""
         forked = _forks()
         context: Any = multiprocessing.get_context("fork" if forked else "spawn")
@@ -198,7 +207,7 @@ class _Map:
         for ours, theirs in pipes:
             theirs.close()
             by_number = forked and self._known is not None
-            threads.append(threading.Thread(target=self._feed, args=(ours, by_number), daemon=True))
+            threads.append(_Feeder(target=self._feed, args=(ours, by_number), daemon=True))
             threads[-1].start()
 
     def _feed(self, connection: Connection, by_number: bool) -> None:
@@ -239,6 +248,7 @@ def _serve(
         others: ends of pipes that a fork has and must not keep open.
         known: the arguments, of which numbers come through the pipe; None if they come themselves.
     """
+    keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:

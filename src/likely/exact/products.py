@@ -5,7 +5,8 @@ library, with fused multiply-adds or without.  So a *certificate* is drawn from 
 largest sum of absolute values of a row of whole weights, activations may be whole numbers up to ⌊(2²⁴ − 1) / S⌋.
 
 The same product may be had by several *routes*.  They give the same bits; one that does not, on some machine, is found
-by :meth:`Product.passes` and left aside.
+by :meth:`Product.passes` and left aside.  ``tiles``: processors with a unit for bfloat16 (AMX) multiply such matrices
+several times faster than float32; a whole number up to 256 is a bfloat16, a larger one the sum of two.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from likely.exact.profiles import Irreproducible, Profile
-from likely.processor import LARGE, ONEDNN
+from likely.processor import LARGE, ONEDNN, TILES, alone
 
-Route = Literal["native", "shifted", "float64"]
+Route = Literal["tiles", "native", "shifted", "float64"]
 #: In the order in which they are tried.
-ROUTES: tuple[Route, ...] = ("native", "shifted", "float64")
+ROUTES: tuple[Route, ...] = ("tiles", "native", "shifted", "float64")
+
+#: Whole numbers up to this are exact in bfloat16.
+_BFLOAT16 = 256
+#: The upper half of the 32 bits of a float, which is a bfloat16.
+_UPPER = -(1 << 16)
+#: Outputs from which a product by tiles is the faster one, and multiply-adds above which it is.
+_WIDE, _TILED = 64, 1 << 22
 
 Kind = Literal["linear", "conv", "transposed"]
 
@@ -54,9 +62,9 @@ class Geometry:
 class _Routed(nn.Module):
     """A product that can be had by several routes."""
 
-    route: Route = ROUTES[0]
+    route: Route = "native"
     #: Routes that differ for this product.
-    routes: tuple[Route, ...] = ROUTES
+    routes: tuple[Route, ...] = ("native", "shifted", "float64")
 
     def passes(self, route: Route, device: torch.device) -> bool:
         """Whether the route gives the right sums on the device, for the input of the probe."""
@@ -95,14 +103,15 @@ class Product(_Routed):
     def __init__(self, weight: Tensor, kind: Kind, profile: Profile, geometry: Geometry | None = None) -> None:
         super().__init__()
         self.kind, self.profile, self.geometry = kind, profile, geometry or Geometry()
-        if kind == "linear":
-            self.routes = ("native", "float64")
         self.inputs = weight.shape[0] if kind == "transposed" else weight.shape[1] * self.geometry.groups
         cuts = self._cuts(weight)
         self.limit = min(self._certified(part) for part in _cut(weight, cuts, kind))
         self.limit = min(self.limit, profile.largest_activation)
         self.cuts = cuts
+        if kind == "linear":
+            self.routes = ("tiles", "native", "float64") if self._suits_tiles(weight) else ("native", "float64")
         self._packed: dict[int, Tensor] = {}
+        self._doubled: dict[int, Tensor] = {}
         layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
         for number, part in enumerate(_cut(weight, cuts, kind)):
             block = part.to(profile.dtype).contiguous(memory_format=layout)
@@ -172,13 +181,48 @@ class Product(_Routed):
         if route == "float64":
             x, weight = x.double(), weight.double()
         if self.kind == "linear":
-            return self._matrix_product(x, weight)
+            large = route == "tiles" and x.device.type == "cpu" and x.numel() * len(weight) > self._least_tiled
+            return self._tiled(x, weight) if large and alone() else self._matrix_product(x, weight)
         if route == "shifted":
             return _shifted(x, weight, self.kind, self.geometry)
         g = self.geometry
         if self.kind == "conv":
             return F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups)
         return F.conv_transpose2d(x, weight, None, g.stride, g.padding, g.output_padding, g.groups, g.dilation)
+
+    def _suits_tiles(self, weight: Tensor) -> bool:
+        """Whether weights are exact in bfloat16, and activations in two of them, on a processor that has tiles."""
+        exact = self.profile.dtype == torch.float32 and int(weight.abs().max()) <= _BFLOAT16
+        return TILES and exact and min(self.cuts) >= _WIDE and weight.shape[0] >= _WIDE * self._parts**3
+
+    @property
+    def _parts(self) -> int:
+        """How many numbers of bfloat16 an activation needs."""
+        return 1 if self.limit <= _BFLOAT16 else 2
+
+    @property
+    def _least_tiled(self) -> int:
+        return _TILED * self._parts**2
+
+    def _tiled(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product by tiles of bfloat16, whose sums are float32: of activations, or of their upper and lower bits.
+
+        The parts of a number have its sign and add up to it, so the partial sums are bounded as they were.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        if self._parts == 2:
+            inputs = x.shape[-1]
+            halves = rows.new_empty(len(rows), 2 * inputs)
+            upper, lower = halves.split(inputs, 1)
+            torch.bitwise_and(rows.view(torch.int32), _UPPER, out=upper.view(torch.int32))
+            torch.sub(rows, upper, out=lower)
+            rows = halves
+            if id(weight) not in self._doubled:
+                self._doubled[id(weight)] = weight.repeat(1, 2)
+            weight = self._doubled[id(weight)]
+        with bfloat16_factors():
+            y = F.linear(rows, weight)
+        return y.view(*x.shape[:-1], len(weight))
 
     def _matrix_product(self, x: Tensor, weight: Tensor) -> Tensor:
         if not (ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() * len(weight) >= LARGE):
@@ -190,7 +234,7 @@ class Product(_Routed):
         return y.view(*x.shape[:-1], len(weight))
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_packed": {}}  # which cannot be copied
+        return {**self.__dict__, "_packed": {}, "_doubled": {}}  # the former cannot be copied
 
     # The probe ------------------------------------------------------------------------------------------------
 
@@ -243,12 +287,14 @@ class Product(_Routed):
         return weight[channels[group], output], channels[group]
 
     def passes(self, route: Route, device: torch.device) -> bool:
+        if route == "tiles" and not alone():
+            return False
         x = self.probe_input()
         right = self.reference(x).to(self.profile.dtype)
-        batches = [
-            x,
-            x.repeat(64 if self.kind == "linear" else 16, *[1] * (x.dim() - 1)),
-        ]  # for small and large batches
+        times = 64 if self.kind == "linear" else 16
+        if route == "tiles":
+            times = max(times, self._least_tiled // (x.numel() * len(self.block0)) + 1)
+        batches = [x, x.repeat(times, *[1] * (x.dim() - 1))]  # small and large
         sums = [self.by(route, batch.to(device, self.profile.dtype)).cpu() for batch in batches]
         return all(torch.equal(s, right.repeat(len(s) // len(right), *[1] * (s.dim() - 1))) for s in sums)
 
@@ -374,6 +420,22 @@ def full_precision_products(device: torch.device) -> Iterator[None]:
     finally:
         for switch, old in reduced:
             switch.fp32_precision = old
+
+
+@contextlib.contextmanager
+def bfloat16_factors() -> Iterator[None]:
+    """Matrix products on the processor of factors rounded to bfloat16, added up in float32.
+
+    The switch is the whole process's: only for a thread that is :func:`~likely.processor.alone`.
+    """
+    backends: Any = torch.backends
+    switch = backends.mkldnn.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 
 @contextlib.contextmanager

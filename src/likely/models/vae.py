@@ -175,7 +175,7 @@ class VAE(Model):
         h = self.encoder(self.features(x, self._dtype), context)
         mean, log_scale = full_precision(self.posterior_head(h)).chunk(2, -1)
         normal = Normal(mean, F.hardtanh(log_scale, -7.0, 5.0))  # a clamp whose gradient is a single operation
-        return normal if self.flow is None else Pushed(normal, self.flow, full_precision(h))
+        return normal if self.flow is None else Pushed(normal, self.flow, full_precision(h).flatten(1))
 
     def likelihood(self, z: Tensor, context: Tensor | None = None) -> Distribution:
         """p(x | z, c) for z of shape ``(*lead, latent_dim)``; the context is broadcast over the draws."""

@@ -62,7 +62,7 @@ def encoder(
     dropout: float = 0.0,
     blocks: int | Sequence[int] = 1,
 ) -> nn.Module:
-    """An encoder by name: ``forward(features, context) -> (batch, out_features)``.
+    """An encoder by name: ``forward(features, context) -> (batch, out_features)``, or ``(batch, *out_shape)`` of a map.
 
     Args:
         name: ``mlp``, ``residual`` or ``conv``.

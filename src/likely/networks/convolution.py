@@ -51,7 +51,7 @@ def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 class PlaceLinear(nn.Module):
-    """One linear map at all places of a flattened map: ``(batch, in · h · w)`` to ``(batch, out · h · w)``.
+    """One linear map at all places of a map: ``(batch, in, h, w)``, or this flattened, to ``(batch, out · h · w)``.
 
     Args:
         shape: (in, height, width).
@@ -79,7 +79,7 @@ class PlaceLinear(nn.Module):
 class ConvEncoder(nn.Module):
     """Strided convolutions with residual blocks at every scale, then a dense layer that also sees the context.
 
-    Without the dense layer what comes out is the flattened map at the coarsest scale: ``out_shape`` says which.
+    Without the dense layer what comes out is the map at the coarsest scale: ``out_shape`` says which.
 
     Args:
         in_shape: (channels, height, width) of the features.
@@ -119,7 +119,10 @@ class ConvEncoder(nn.Module):
         self.out_features = math.prod(self.out_shape)
 
     def forward(self, features: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.convolutions(features.contiguous(memory_format=torch.channels_last)).flatten(1)
+        h = self.convolutions(features.contiguous(memory_format=torch.channels_last))
+        if len(self.out_shape) == 3:
+            return h
+        h = h.flatten(1)
         return self.dense(h if context is None else torch.cat([h, context], 1))
 
 

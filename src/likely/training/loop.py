@@ -25,6 +25,7 @@ from torch import Tensor
 from likely.contract import Model
 from likely.data.dataset import Dataset, Passes
 from likely.evaluation.heldout import HeldOut, held_out, standard_error
+from likely.memory import keep_memory
 from likely.training.checkpoints import Checkpoint, Checkpoints, Log, save_tensors, save_weights
 from likely.training.diagnosis import Diverged
 from likely.training.feeding import DevicePasses, check_data, fingerprint, thinned
@@ -163,6 +164,7 @@ def train(
     >>> round(torch.sigmoid(result.model.logit).item(), 2), result.stopped
     (0.75, 'steps')
     """
+    keep_memory()
     options = (options or TrainOptions()).with_changes(**changes)
     check_data(model, train_set, "train_set")
     if valid_set is not None:

@@ -128,7 +128,9 @@ class Cells:
         x = x.detach().cpu()
         if x.dtype == torch.uint8 and self.dtype.itemsize == 1:
             octets = self.form.disarrange(x).numpy()
-            return _translated(octets, self._from_codes(_OCTETS.astype(np.float64)).view(np.uint8)).view(self.dtype)
+            values = self._from_codes(_OCTETS.astype(np.float64)).view(np.uint8)
+            same = np.array_equal(values, _OCTETS)
+            return (octets if same else _translated(octets, values)).view(self.dtype)
         return self._from_codes(np.ascontiguousarray(self.form.disarrange(x.double()).numpy()))
 
     def _from_codes(self, codes: np.ndarray) -> np.ndarray:
