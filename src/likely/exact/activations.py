@@ -102,6 +102,7 @@ class Activation(Rule):
     """An activation function by its table (exact32) or by its float64 function (exact64)."""
 
     table: Tensor
+    summit: Tensor
 
     def __init__(self, curve: Curve, profile: Profile) -> None:
         super().__init__()
@@ -119,6 +120,9 @@ class Activation(Rule):
         )
         table = values.float()
         self.register_buffer("table", table, persistent=False)
+        size = table.abs()
+        #: Where the value is the largest in size of all up to there.
+        self.register_buffer("summit", size >= size.cummax(0).values, persistent=False)
         #: No value is less.
         self.least = table.min().item() if self.by_table and not curve.left[0] else -math.inf
 
@@ -129,35 +133,50 @@ class Activation(Rule):
             self.values(some, out)
         return y
 
-    def values(self, x: Tensor, out: Tensor) -> Tensor:
-        """Put the values for x into ``out``."""
-        check(x)
-        if self.by_table:
-            torch.mul(x, float(STEPS), out=out).add_(self.zero)
-        else:
-            out.copy_(x)
-        self.replace_(out)
-        return out
+    def values(self, x: Tensor, out: Tensor, axes: tuple[int, ...] = ()) -> Tensor | None:
+        """Put the values for x into ``out``; their peaks over ``axes``, as :meth:`replace_` says."""
+        if not self.by_table:
+            check(x)
+            return self.replace_(out.copy_(x))
+        torch.mul(x, float(STEPS), out=out).add_(self.zero)
+        top, inside = out.amax(axes, True), bool(out.numel())
+        inside = inside and out.amin().item() >= 0.0 and top.amax().item() <= self._end
+        if not inside:
+            check(x)
+        return self._look_up_(out, top, inside)
 
-    def replace_(self, x: Tensor) -> None:
-        """Replace numbers by the values; with a table, replace places in it, x · 256 + ``zero``."""
-        if self.by_table:
-            self._look_up_(x)
-        else:
-            x.copy_(self.curve.function(x))
+    def replace_(self, x: Tensor, axes: tuple[int, ...] = ()) -> Tensor | None:
+        """Replace numbers by the values; with a table, replace places in it, x · 256 + ``zero``.
 
-    def _look_up_(self, place: Tensor) -> None:
+        Returns:
+            max |value| over ``axes``, which are kept with size 1, where the largest places tell; else None.
+        """
+        if self.by_table:
+            return self._look_up_(x, x.amax(axes, True))
+        x.copy_(self.curve.function(x))
+        return None
+
+    def _look_up_(self, place: Tensor, top: Tensor, inside: bool = False) -> Tensor | None:
+        """Args:
+        top: the largest place, or the largest over some axes.
+        inside: whether all places are known to be within the table.
+        """
         right, left = self.curve.right[0], self.curve.left[0]
-        beyond = bool(right and place.amax().item() > self._end) or bool(left and place.amin().item() < 0.0)
+        over = not inside and top.numel() and not top.amax().item() <= self._end
+        beyond = bool(right and over) or bool(left and not inside and place.amin().item() < 0.0)
         x = (place - self.zero) * (1.0 / STEPS) if beyond else place
         last = place.dim() == 4 and place.is_contiguous(memory_format=torch.channels_last)
         dense = place.permute(0, 2, 3, 1) if last else place
         for some in dense.view(-1).split(_TOGETHER):
-            index = some.clamp_(0.0, self._end).to(torch.int32)  # half the memory of int64, hence quicker
+            # in 32 bits, half the memory of int64, hence quicker
+            index = (some if inside else some.clamp_(0.0, self._end)).to(torch.int32)
             torch.index_select(self.table, 0, index, out=some)
         if beyond:  # the asymptotes that are constant are the ends of the table
             place.copy_(torch.where(x > self.curve.reach, x * right, place) if right else place)
             place.copy_(torch.where(x < -self.curve.reach, x * left, place) if left else place)
+        if over or left or not self.summit[(highest := top.clamp_(min=0.0).long().flatten())].all():
+            return None
+        return self.table[highest].abs_().view_as(top)
 
     def probe_input(self) -> Tensor:
         """Where the probe looks: beyond both ends, and between."""

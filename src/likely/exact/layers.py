@@ -41,15 +41,21 @@ def whole_weights(weight: Tensor, profile: Profile, axes: tuple[int, ...]) -> tu
 
 
 def whole_activations(
-    x: Tensor, limit: Tensor, dims: tuple[int, ...], out: Tensor | None = None, least: float = -math.inf
+    x: Tensor,
+    limit: Tensor,
+    dims: tuple[int, ...],
+    out: Tensor | None = None,
+    least: float = -math.inf,
+    peak: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Activations as whole numbers of at most ``limit``, and their scale over ``dims``: x ≈ whole · scale.
 
     Args:
         limit: of no axes.
         least: no activation is less.
+        peak: max |x| over ``dims``, if it is known; overwritten.
     """
-    peak = peaks(x, dims, least).clamp_min_(limit.item() * SMALLEST)
+    peak = (peaks(x, dims, least) if peak is None else peak).clamp_min_(limit.item() * SMALLEST)
     return torch.mul(x, limit / peak, out=out).round_(), peak.div_(limit)
 
 
@@ -78,9 +84,13 @@ class Certified(nn.Module):
         """Whether the layer takes what the product of ``other`` gives, as it is."""
         raise NotImplementedError
 
-    def whole(self, x: Tensor, out: Tensor, least: float = -math.inf) -> Tensor:
-        """Put x, no element being less than ``least``, into ``out`` as whole numbers up to the limit: their scales."""
-        return whole_activations(x, self.limit, self.axes, out, least)[1]
+    def whole(self, x: Tensor, out: Tensor, least: float = -math.inf, peak: Tensor | None = None) -> Tensor:
+        """Put x, no element being less than ``least``, into ``out`` as whole numbers up to the limit: their scales.
+
+        Args:
+            peak: max |x| over ``axes``, if it is known.
+        """
+        return whole_activations(x, self.limit, self.axes, out, least, peak)[1]
 
     def probe_input(self) -> Tensor:
         """The whole numbers on which the product is probed, as an input of the layer."""
@@ -160,10 +170,11 @@ class Chain(Rule):
             found = []
             for some, of_x in parts(sums, scale):
                 values = layer.real_(some, of_x, getattr(self, of_rows), getattr(self, biases))
-                if activation is not None:
-                    activation.replace_(values)
+                axes = () if following is None else following.axes
+                peak = None if activation is None else activation.replace_(values, axes)
                 if following is not None:
-                    found.append(following.whole(values, values, -math.inf if activation is None else activation.least))
+                    least = -math.inf if activation is None else activation.least
+                    found.append(following.whole(values, values, least, peak))
             whole, scale = sums, _joined(found, scale)
         return first.leave(whole, x)
 
@@ -179,7 +190,8 @@ class Chain(Rule):
             if activation is None:
                 found.append(first.whole(some, out, least))
             else:
-                found.append(first.whole(activation.values(some, out), out, activation.least))
+                peak = activation.values(some, out, first.axes)
+                found.append(first.whole(out, out, activation.least, peak))
         return whole, _joined(found, x)
 
 
