@@ -75,6 +75,7 @@ _LOG_2PI = math.log(2.0 * math.pi)
 _SAMPLE_ROWS, _SAMPLE_CELLS = 4096, 1 << 22
 _SAMPLE_PASSES = 30
 _CHUNK = 1 << 22  # numbers in the largest temporary of the E-step
+_STEEPEST = 1e8  # largest term of a quadratic form that is added up term by term, which loses as many digits
 _LEAST_SCALE = 1e-6  # of the dimension's own deviation; only smoothing = 0 comes near it
 
 Covariance = Literal["diagonal", "full"]
@@ -321,8 +322,11 @@ class Mixture(Model):
                     of_law, detail = law.joint_in_detail(cells, present)
                     log_joint = log_joint + of_law
                     seen.append((law, cells, present, detail))
-                total, n = total + float(torch.logsumexp(log_joint, 1).sum()), n + len(x)
-                responsibility = torch.softmax(log_joint, 1)
+                top = log_joint.amax(1, True)
+                responsibility = (log_joint - top).exp_()
+                evidence = responsibility.sum(1, True)
+                total, n = total + float((top + evidence.log()).sum()), n + len(x)
+                responsibility /= evidence
                 size += responsibility.sum(0)
                 for law, cells, present, detail in seen:
                     law.add(cells, present, responsibility, detail)
@@ -910,14 +914,44 @@ class _FullNormals(_Law):
         self.mean.copy_(torch.where(present, centres, self._centre.to(centres)))
         self.root.copy_(torch.diag(0.5 * self._prior.log()).expand_as(self.root))
 
+    # EM on complete rows: densities and moments are products of matrices with [1, z, z_i z_j], i ≤ j, z standardised.
+
     def zero(self) -> None:
         self._size = torch.zeros(len(self.mean), dtype=torch.float64, device=self.mean.device)
         self._first = torch.zeros_like(self.mean, dtype=torch.float64)
         self._second = torch.zeros_like(self.root, dtype=torch.float64)
+        dims = self.mean.shape[1]
+        self._pairs = torch.triu_indices(dims, dims, device=self.mean.device)
+        self._unit = self._variance.sqrt()
+        self._place = (self.mean.double() - self._centre) / self._unit
+        cholesky = self._cholesky().double()
+        precision = torch.cholesky_inverse(cholesky) * torch.outer(self._unit, self._unit)
+        pulled = torch.einsum("kij,kj->ki", precision, self._place)
+        log_det = 2.0 * cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
+        constant = -0.5 * (dims * _LOG_2PI + log_det + (pulled * self._place).sum(1))
+        i, j = self._pairs
+        of_pairs = precision[:, i, j] * torch.where(i == j, -0.5, -1.0)
+        self._density = torch.cat([constant.unsqueeze(1), pulled, of_pairs], 1)
+        self._sums = torch.zeros_like(self._density)
+
+    def joint_in_detail(self, x: Tensor, present: Tensor) -> tuple[Tensor, Any]:
+        """The logarithms of the densities, and the products of cells that they were made of; None where these would
+        lose digits, in components that are very narrow, or take more memory than the differences from the means."""
+        components, dims = self.mean.shape
+        if dims <= components and len(x) and present.all():
+            z = (x.double() - self._centre) / self._unit
+            if float(self._density.abs().max() * z.square().max().clamp(min=1.0)) < _STEEPEST:
+                i, j = self._pairs
+                features = torch.cat([torch.ones_like(z[:, :1]), z, z[:, i] * z[:, j]], 1)
+                return (features @ self._density.T).to(x.dtype), features
+        return self.joint(x, present), None
 
     def add(self, x: Tensor, present: Tensor, r: Tensor, detail: Any) -> None:
         """Moments of E[y] about the current means, with the conditional covariance of the missing cells."""
         self._size += r.double().sum(0)
+        if detail is not None:
+            self._sums += r.double().T @ detail
+            return
         complete = bool(present.all())
         for k, factor in enumerate(self._cholesky()):
             weight = r[:, k : k + 1].double()
@@ -934,16 +968,31 @@ class _FullNormals(_Law):
                 self._second[k] += (share.unsqueeze(2) * covariance).sum(0)
 
     def maximise(self, a: float) -> None:
-        floor = _LEAST_SCALE**2 * self._variance
-        for k, size in enumerate(self._size.tolist()):
-            if size <= 1e-9 and a == 0:
-                continue
-            step = self._first[k] / size if size > 1e-9 else torch.zeros_like(self._first[k])
-            sigma = self._second[k] - size * torch.outer(step, step) + a * torch.diag(self._prior)
-            sigma = sigma / (size + a) + torch.diag(floor)
-            factor = torch.linalg.cholesky(sigma)
-            self.mean[k] += step
-            self.root[k] = factor.tril(-1) + torch.diag(factor.diagonal().log())
+        self._centre_sums()
+        used = (self._size > 1e-9) | (a > 0)
+        if not used.any():
+            return
+        size = self._size[used, None]
+        step = torch.where(size > 1e-9, self._first[used] / size.clamp(min=1e-9), 0.0)
+        sigma = self._second[used] - size.unsqueeze(2) * step.unsqueeze(2) * step.unsqueeze(1)
+        sigma = (sigma + a * torch.diag(self._prior)) / (size + a).unsqueeze(2)
+        factor = torch.linalg.cholesky(sigma + torch.diag(_LEAST_SCALE**2 * self._variance))
+        self.mean[used] += step.to(self.mean)
+        log_diagonal = torch.diag_embed(factor.diagonal(dim1=1, dim2=2).log())
+        self.root[used] = (factor.tril(-1) + log_diagonal).to(self.root)
+
+    def _centre_sums(self) -> None:
+        """Add the moments that were gathered as products of cells to those about the means."""
+        dims = self.mean.shape[1]
+        count, first = self._sums[:, :1], self._sums[:, 1 : 1 + dims]
+        i, j = self._pairs
+        second = torch.zeros_like(self._second)
+        second[:, i, j] = second[:, j, i] = self._sums[:, 1 + dims :]
+        place = self._place
+        cross = first.unsqueeze(2) * place.unsqueeze(1)
+        second = second - cross - cross.transpose(1, 2) + count.unsqueeze(2) * place.unsqueeze(2) * place.unsqueeze(1)
+        self._first += (first - count * place) * self._unit
+        self._second += second * torch.outer(self._unit, self._unit)
 
     def log_prior(self, a: float) -> float:
         cholesky = self._cholesky().double()
