@@ -684,7 +684,7 @@ def test_full_mixture_by_products_of_cells_is_the_mixture_by_differences(monkeyp
         details = [law.joint_in_detail(cells, present)[1] for _, law, cells, present in found[steepest]._cells(x)]
         assert all((detail is None) == (steepest == 0.0) for detail in details)
     one, other = found.values()
-    assert torch.allclose(one.bound(x).nats, other.bound(x).nats, rtol=0, atol=1e-7)
+    assert torch.allclose(one.bound(x).nats, other.bound(x).nats, rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
