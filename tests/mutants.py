@@ -68,7 +68,7 @@ from likely.models.transformer import Transformer
 from likely.models.vae import VAE
 from likely.models.vdm import VDM
 from likely.networks import coupling, normconv, winograd
-from likely.networks.attention import Attention
+from likely.networks.attention import Attention, Walk
 from likely.networks.cells import MaskedCells
 from likely.networks.features import Features
 from likely.networks.masked import MaskedLinear, MaskedMLP
@@ -816,6 +816,14 @@ MUTANTS = [
     Mutant(
         "cache that forgets where it is",
         told(of_transformer.test_the_walk_with_its_cache_gives_the_laws_of_the_whole_pass, Tokens(5, 4)),
+        Walk,
+        "advance",
+        "self._turns[self._size]",
+        "self._turns[0]",
+    ),
+    Mutant(
+        "decoder that forgets where it is",
+        told(of_transformer.test_the_step_of_the_decoder_equals_the_parallel_pass_to_the_bit),
         TransformerLayers,
         "step",
         "caches[0].size",

@@ -246,6 +246,15 @@ def test_keyed_noise_is_a_function_of_seed_and_key_alone() -> None:
     assert not torch.equal(KeyedNoise(4, keys).normal((6, 4)), first)
 
 
+def test_keyed_noise_is_the_same_in_whatever_pieces_it_is_drawn() -> None:
+    normal, uniform = KeyedNoise(3, torch.arange(5)).normal((5, 200)), KeyedNoise(3, torch.arange(5)).uniform((5, 200))
+    noise, at = KeyedNoise(3, torch.arange(5)), 0
+    for size in (1, 1, 7, 60, 1, 90, 2, 3):
+        drawn = noise.uniform((5, size)) if size % 2 else noise.normal((5, size))
+        assert torch.equal(drawn, (uniform if size % 2 else normal)[:, at : at + size])
+        at += size
+
+
 def test_keyed_noise_has_the_distribution_it_names() -> None:
     noise = KeyedNoise(0, torch.arange(20_000))
     normal, uniform = noise.normal((20_000, 3)).double().numpy(), noise.uniform((20_000, 3)).double().numpy()

@@ -130,6 +130,33 @@ def test_the_walk_with_its_cache_gives_the_laws_of_the_whole_pass(space: Space) 
                 law = walk.send(cell)
 
 
+def test_the_walk_reads_runs_of_symbols() -> None:
+    model = scrambled(Tokens(7, 4), ngrams=(2, 3), ngram_bits=6).double()
+    x = rows_of(model.space, 4)
+    with torch.no_grad():
+        expected = model.column_nats(x)
+        walk = model._walk(4, None)
+        law = next(walk)
+        for t in range(7):
+            torch.testing.assert_close(law.log_prob(x[:, t : t + 1])[:, 0], expected[:, t], rtol=1e-10, atol=1e-12)
+            law = walk.send(x[:, t]) if t < 6 else law
+
+
+@pytest.mark.parametrize("activation", ["relu", "elu", "gelu", "silu", "softplus", "tanh"])
+def test_a_walk_through_the_layers_gives_what_they_give_at_once(activation: str) -> None:
+    torch.manual_seed(0)
+    layers = TransformerLayers(5, 12, 3, 2, 20, activation).double()
+    for parameter in layers.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(4, 5, 12, dtype=torch.float64)
+    before = x.clone()
+    with torch.no_grad():
+        walk = layers.walk(4, x)
+        found = torch.stack([walk(x[:, t]) for t in range(5)], 1)
+        torch.testing.assert_close(found, layers(x), rtol=0, atol=1e-12)
+    assert torch.equal(x, before)
+
+
 def test_the_order_of_what_came_before_matters_by_rotation_alone() -> None:
     model = scrambled(Tokens(6, 5)).double()
     torch.nn.init.zeros_(model.place)

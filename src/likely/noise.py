@@ -11,7 +11,8 @@ A model never calls the global generator: it draws from the :class:`Noise` that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -79,31 +80,41 @@ class KeyedNoise:
 
     def __init__(self, seed: int, keys: Tensor) -> None:
         self._streams = _mix(_mix(torch.full_like(keys, seed)) + keys * _GOLDEN)
-        self._drawn = 0
-        self._made = self._streams[:, None][:, :0]
+        self._drawn = self._at = 0
+        self._words = self._streams[:, None][:, :0]  # the next are those from ``_at`` on
+        self._made: dict[Callable[[Tensor], Tensor], Tensor] = {}  # variates made of all of them
 
-    def _words(self, shape: Sequence[int]) -> Tensor:
+    def _variates(self, shape: Sequence[int], make: Callable[[Tensor], Tensor]) -> Tensor:
         if shape[0] != len(self._streams):
             raise ValueError(f"shape: expected {len(self._streams)} examples on the first axis, got {tuple(shape)}")
-        per_example = 1
-        for size in shape[1:]:
-            per_example *= size
-        if self._made.shape[1] < per_example:
-            made = max(per_example, _AHEAD if self._drawn else 0)
-            counters = torch.arange(self._drawn + 1, self._drawn + made + 1, device=self._streams.device)
-            self._made = _mix(self._streams[:, None] + counters * _GOLDEN)
-        words, self._made = self._made[:, :per_example], self._made[:, per_example:]
+        per_example = math.prod(shape[1:])
+        if self._at + per_example > self._words.shape[1]:
+            count = max(per_example, _AHEAD if self._drawn else 0)
+            counters = torch.arange(self._drawn + 1, self._drawn + count + 1, device=self._streams.device)
+            self._words, self._made, self._at = _mix(self._streams[:, None] + counters * _GOLDEN), {}, 0
+        if make not in self._made:
+            self._made[make] = make(self._words)
+        variates = self._made[make][:, self._at : self._at + per_example]
+        self._at += per_example
         self._drawn += per_example
-        return words.reshape(tuple(shape))
+        return variates.reshape(tuple(shape))
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
         """Uniform variates on the 2^23 cell centres of (0, 1), which float32 holds exactly."""
-        return (_logical_shift_right(self._words(shape), 41).float() + 0.5) * 2.0**-23
+        return self._variates(shape, _uniform)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal variates by inversion of a 53-bit uniform, float32."""
-        uniform = (_logical_shift_right(self._words(shape), 11).to(torch.float64) + 0.5) * 2.0**-53
-        return torch.special.ndtri(uniform).float()
+        return self._variates(shape, _normal)
+
+
+def _uniform(words: Tensor) -> Tensor:
+    return (_logical_shift_right(words, 41).float() + 0.5) * 2.0**-23
+
+
+def _normal(words: Tensor) -> Tensor:
+    uniform = (_logical_shift_right(words, 11).to(torch.float64) + 0.5) * 2.0**-53
+    return torch.special.ndtri(uniform).float()
 
 
 class StreamNoise:

@@ -31,23 +31,21 @@ class Categorical:
         return self.log_probs.expand(*shape, -1).gather(-1, codes).squeeze(-1)
 
     def sample(self, noise: Noise) -> Tensor:
-        uniform = noise.uniform(self.log_probs.shape[:-1]).to(self.log_probs)
-        return sample_categories(self.log_probs, uniform).to(self.log_probs.dtype)
+        return sample_categories(self.logits, noise.uniform(self.logits.shape[:-1])).to(self.logits.dtype)
 
     def best(self, weights: Tensor | None = None) -> Tensor:
         return mix(self.log_probs.exp(), weights, self.trailing + 1).argmax(-1).to(self.log_probs.dtype)
 
 
-def sample_categories(log_probs: Tensor, uniform: Tensor) -> Tensor:
+def sample_categories(logits: Tensor, uniform: Tensor) -> Tensor:
     """Codes by inversion of the cumulative distribution, one for each uniform variate (int64).
 
     Args:
-        log_probs: shape ``(*lead, levels)``.
+        logits: log-probabilities up to a constant, shape ``(*lead, levels)``.
         uniform: shape ``(*lead,)``, or ``(*lead, draws)`` for several codes of one distribution.
     """
-    several = uniform.dim() == log_probs.dim()
-    cumulative = log_probs.double().exp().cumsum(-1)
-    cumulative = (cumulative / cumulative[..., -1:]).contiguous()
-    points = (uniform if several else uniform.unsqueeze(-1)).double().contiguous()
-    codes = torch.searchsorted(cumulative, points).clamp(max=log_probs.shape[-1] - 1)
+    several = uniform.dim() == logits.dim()
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    points = (uniform if several else uniform.unsqueeze(-1)).to(cumulative).contiguous()
+    codes = torch.searchsorted(cumulative, points).clamp_(max=logits.shape[-1] - 1)
     return codes if several else codes.squeeze(-1)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,6 @@ from likely.distributions import Distribution
 from likely.distributions.categorical import sample_categories
 from likely.distributions.cells import Alphabet, Columns, best_of_draws
 from likely.networks import Features, Linear
-from likely.networks.attention import Cache
 from likely.networks.ngrams import NGrams
 from likely.networks.transformer import TransformerLayers
 from likely.noise import Noise, SharedNoise
@@ -170,11 +170,11 @@ class Transformer(Model):
 
     # Cell after cell -----------------------------------------------------------------------------------------
 
-    def _next(self, x: Tensor, t: int, caches: list[Cache], context: Tensor | None) -> Distribution:
-        """The law of cell t of all examples, from their cells before it, ``(n, T)``; extends the caches."""
-        token = self._tokens(x[:, :t], t - 1) if t else self.begin.expand(len(x), 1, -1)
-        h = self.layers.step(self._placed(token, t, context)[:, 0], caches)
-        return self.cells.law(h, t)
+    def _next(self, x: Tensor, t: int, context: Tensor | None, step: Callable[[Tensor], Tensor]) -> Distribution:
+        """The law of cell t of all examples, from their cells before it, ``(n, T)``; takes the layers a step on."""
+        token = self._tokens(x[:, :t], t - 1)[:, 0] if t else self.begin.expand(len(x), -1)
+        token = token + self.place[t]
+        return self.cells.law(step(token if context is None else token + context), t)
 
     def _walk(
         self, n: int, context: Tensor | None, run: Callable[..., Any] | None = None
@@ -182,14 +182,18 @@ class Transformer(Model):
         """The laws of all cells of n examples, shape ``(n, 1)``; each cell's values ``(n,)`` are sent before the next.
 
         Args:
-            run: calls :meth:`_next` in reproducible arithmetic; by default it is called as it is.
+            run: calls :meth:`_next` in reproducible arithmetic, whose layers are modules; by default it is called as it
+                is, and the layers are walked through in few calls.
         """
         dtype = torch.float64 if isinstance(self.space, Table) else torch.int64
         x = torch.zeros(n, self.space.dims, dtype=dtype, device=self.begin.device)
-        caches = self.layers.caches(n, self.begin)
-        for t in range(self.space.dims):
-            law = (run or _call)(self._next, x, t, caches, context)
-            x[:, t] = yield law
+        if run is None:
+            following = partial(self._next, step=self.layers.walk(n, self.begin))
+        else:
+            caches = self.layers.caches(n, self.begin)
+            following = partial(run, self._next, step=partial(self.layers.step, caches=caches))
+        for t, column in enumerate(x.unbind(1)):
+            column.copy_((yield following(x, t, context)))
 
     def sample(self, n: int, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         """Each cell drawn from its law given all before it; every cell is there."""
@@ -243,17 +247,16 @@ class Transformer(Model):
         """Cells ``(n, T)`` with those that are NaN drawn in order, and log p of the others given all before, nats."""
         x = known.to(torch.float64 if isinstance(self.space, Table) else self.begin.dtype, copy=True)
         log_p = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        holes = torch.isnan(x)
+        some, everywhere = holes.any(0).tolist(), holes.all(0).tolist()
         walk = self._walk(len(x), context)
         law = next(walk)
-        for t in range(x.shape[1]):
-            holes = torch.isnan(x[:, t])
-            if bool(holes.any()):
-                cells = torch.where(holes, law.sample(noise)[:, 0].to(x.dtype), x[:, t])
-            else:
-                cells = x[:, t].clone()
-            if not bool(holes.all()):
-                log_p += torch.where(holes, 0.0, law.log_prob(cells.unsqueeze(1))[:, 0].double())
-            x[:, t] = cells
+        for t, column in enumerate(x.unbind(1)):
+            cells = law.sample(noise)[:, 0] if some[t] else column
+            if not everywhere[t]:
+                cells = torch.where(holes[:, t], cells.to(column), column)
+                log_p += torch.where(holes[:, t], 0.0, law.log_prob(cells.unsqueeze(1))[:, 0].double())
+            column.copy_(cells)
             if t + 1 < x.shape[1]:
                 law = walk.send(cells)
         return x, log_p
@@ -319,7 +322,3 @@ class Transformer(Model):
         if condition is None or self.condition_features is None or self.context is None:
             return None
         return self.context(self.condition_features(condition, self.begin.dtype).flatten(1))
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)

@@ -6,7 +6,7 @@
 
 In causal attention j ≤ i, so that keys and values of earlier tokens never change: a :class:`Cache` keeps them, and the
 next token costs one row.  All operations have a rule in :mod:`likely.exact`, where a step with the cache gives what the
-whole sequence gives, to the bit.
+whole sequence gives, to the bit.  :class:`Walk` does the same in ordinary arithmetic, in as few calls as it can.
 """
 
 from __future__ import annotations
@@ -66,6 +66,56 @@ class Cache:
         self.size += 1
         keys, values = self.kept[:, :, :, : self.size].unbind()
         return keys, values
+
+
+class Walk:
+    """Causal attention of the next token of n sequences in several layers: :meth:`advance`, then a call for each layer.
+
+    A token costs so little arithmetic that the number of calls is what it takes.  So all layers have their keys and
+    values together; a pair of features is a complex number, which one product turns, and a query's also divides by √d;
+    and keys have their tokens last, as the product with a query reads them.
+
+    Args:
+        rotation: of all tokens, from :func:`turns`: shape ``(2, length, d)``.
+        layers: number of layers.
+        n: number of sequences.
+        heads: of each layer.
+        like: has the dtype and device.
+
+    Attributes:
+        qkv: where query, key and value of the next token of each sequence are put, shape ``(n, 3 width)``.
+    """
+
+    def __init__(self, rotation: Tensor, layers: int, n: int, heads: int, like: Tensor) -> None:
+        length, d = rotation.shape[1:]
+        turn = torch.complex(rotation[0, :, : d // 2], rotation[1, :, d // 2 :])
+        self._turns = torch.stack([turn / math.sqrt(d), turn], 1)[:, :, None, None].unbind()  # of query and key
+        keys, values = like.new_zeros(layers, n, heads, d, length), like.new_zeros(layers, n, heads, length, d)
+        self._keys, self._values = keys.flatten(1, 2), values.flatten(1, 2)
+        self._places = [*zip(*(zip(k.unbind(-1), v.unbind(-2)) for k, v in zip(keys, values)))]  # by token and layer
+        self._size, self._shape = 0, (n, heads * d)
+        # what comes in, the same as complex numbers, and these when they are turned, as real ones again
+        self.qkv = like.new_zeros(n, 3 * heads * d)
+        qkv = self.qkv.view(n, 3, heads, d)
+        self._real, self._imaginary = qkv[:, :2].transpose(0, 1).chunk(2, -1)
+        self._turned = turn.new_zeros(2, n, heads, d // 2)
+        query, self._key = torch.view_as_real(self._turned).flatten(-2)
+        self._query, self._value = query.view(n * heads, 1, d), qkv[:, 2]
+
+    def advance(self) -> None:
+        """On to the next token."""
+        self._turn, self._place = self._turns[self._size], self._places[self._size]
+        self._size += 1
+        self._seen = [*zip(self._keys[..., : self._size].unbind(), self._values[:, :, : self._size].unbind())]
+
+    def __call__(self, layer: int) -> Tensor:
+        """What the heads of a layer find by the queries, keys and values in :attr:`qkv`: shape ``(n, width)``."""
+        torch.complex(self._real, self._imaginary, out=self._turned).mul_(self._turn)
+        new_key, new_value = self._place[layer]
+        new_key.copy_(self._key)
+        new_value.copy_(self._value)
+        keys, values = self._seen[layer]
+        return torch.bmm(torch.bmm(self._query, keys).softmax(-1), values).view(self._shape)
 
 
 class Attention(nn.Module):

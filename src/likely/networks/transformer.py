@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Generator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from likely.networks.attention import Attention, Cache, rotations, step_turn, turns
-from likely.networks.linear import Linear
+from likely.networks.attention import Attention, Cache, Walk, rotations, step_turn, turns
+from likely.networks.linear import Linear, addmm
 from likely.networks.mlp import make_activation
 
 
@@ -47,6 +51,10 @@ class TransformerLayers(nn.Module):
     >>> caches = layers.caches(3, x)
     >>> steps = [layers.step(x[:, t], caches) for t in range(6)]
     >>> torch.allclose(torch.stack(steps, 1), layers(x), atol=1e-5)
+    True
+    >>> with torch.no_grad():
+    ...     walk = layers.walk(3, x)
+    ...     torch.allclose(walk(x[:, 0]), steps[0], atol=1e-5)
     True
 
     Args:
@@ -103,3 +111,56 @@ class TransformerLayers(nn.Module):
             assert isinstance(block, Block)
             x = block.step(x, turn, cache)
         return self.norm(x)
+
+    def walk(self, n: int, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """:meth:`step` of n sequences from their beginning on, without gradients, and in few calls.
+
+        Args:
+            like: has the dtype and device.
+
+        Returns:
+            A function from the next token of each sequence to what comes out there, shape ``(n, width)`` to the same.
+        """
+        walk = self._walk(n, like)
+        next(walk)
+        return walk.send
+
+    def _walk(self, n: int, like: Tensor) -> Generator[Tensor, Tensor, None]:
+        # one token is so little arithmetic that the call of a module takes as long
+        attention = Walk(self.rotation, len(self.blocks), n, self.heads, like)
+        blocks, last = [*enumerate(map(_weights, self.blocks))], _normalising(self.norm)
+        qkv, layer_norm = attention.qkv, torch.layer_norm
+        x = yield like
+        for _ in range(self.length):
+            x = x.clone()
+            attention.advance()
+            for layer, (norm1, w_qkv, b_qkv, w_out, b_out, norm2, w_in, b_in, activate, w_last, b_last) in blocks:
+                addmm(b_qkv, layer_norm(x, *norm1), w_qkv, out=qkv)
+                addmm(x, attention(layer), w_out, out=x).add_(b_out)
+                hidden = activate(addmm(b_in, layer_norm(x, *norm2), w_in))
+                addmm(x, hidden, w_last, out=x).add_(b_last)
+            x = yield layer_norm(x, *last)
+
+
+def _normalising(norm: nn.LayerNorm) -> tuple[Any, ...]:
+    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
+
+
+def _weights(block: Any) -> tuple[Any, ...]:
+    """What is multiplied and added in a block, in order, and its activation.
+
+    x Φ(x) = (u + u erf u) / √2 with u = x / √2: both factors are left to the weights.
+    """
+    attention, (first, activation, last) = block.attention, block.mlp
+    gelu = isinstance(activation, nn.GELU)
+    factor = math.sqrt(0.5) if gelu else 1.0
+    return (
+        *(_normalising(block.before_attention), attention.qkv.weight.t(), attention.qkv.bias),
+        *(attention.output.weight.t(), attention.output.bias),
+        *(_normalising(block.before_mlp), factor * first.weight.t(), factor * first.bias),
+        *(_erf_gelu if gelu else activation.forward, factor * last.weight.t(), last.bias),
+    )
+
+
+def _erf_gelu(u: Tensor) -> Tensor:
+    return torch.addcmul(u, u, torch.erf(u))
