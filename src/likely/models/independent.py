@@ -68,6 +68,8 @@ if TYPE_CHECKING:
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 _SAMPLE_ROWS, _SAMPLE_CELLS = 1 << 13, 1 << 21
 _HISTOGRAM_CELLS = 1 << 22
+#: Cells whose mixtures are fitted together, so that their responsibilities stay in a processor's cache.
+_CELLS_AT_ONCE = 1 << 14
 _EM_STEPS = 60
 
 
@@ -422,7 +424,7 @@ class _Numbers(_Marginal):
         self.guard_scale.copy_(torch.maximum(moments.variance().sqrt(), floor) * math.sqrt(3.0) / math.pi)
         self.log_guard.copy_(-torch.log(moments.count + 2.0))
         sample = self._sample.rows()
-        chunk = max(1, (1 << 18) // max(len(sample), 1))
+        chunk = max(1, _CELLS_AT_ONCE // max(len(sample), 1))
         for first in range(0, self.cells, chunk):
             some = slice(first, first + chunk)
             weight, mean, scale = _fit_normals(sample[:, some], self.width[some].cpu(), self._trials)
@@ -698,8 +700,8 @@ def _fit_normals(x: Tensor, width: Tensor, trials: list[int]) -> tuple[Tensor, T
     spread = torch.where(high > low, torch.minimum((high - low) / 1.349, deviation), deviation)
     spread = torch.where(spread > 0, spread, _least_scale(median, width))
     floor = torch.where(width > 0, torch.maximum(0.5 * width / spread, torch.tensor(1e-3)), 1e-3)
-    y = (centred / spread).unsqueeze(-1)
-    use = present.double().unsqueeze(-1)
+    y = (centred / spread).T.unsqueeze(1)  # rows last, along which memory is read: (cells, K, rows)
+    use = present.T.double().unsqueeze(1)
 
     weight = torch.zeros((cells, most), dtype=torch.float64)
     mean = torch.zeros_like(weight)
@@ -712,17 +714,17 @@ def _fit_normals(x: Tensor, width: Tensor, trials: list[int]) -> tuple[Tensor, T
         gap = torch.maximum(mu[:, -1:] - mu[:, :1], torch.tensor(1.0)) / k
         sd = torch.maximum(gap.expand(-1, k), floor.unsqueeze(1)).clone()
         pi = torch.full((cells, k), 1.0 / k, dtype=torch.float64)
+        away = y - mu.unsqueeze(2)
         for _ in range(_EM_STEPS if k > 1 else 2):
-            log_joint = pi.log() - 0.5 * ((y - mu) / sd).square() - sd.log() - _LOG_SQRT_2PI
-            r = use * torch.softmax(log_joint, -1)
-            size = r.sum(0)
+            r = _log_joint(away, pi, sd).softmax(1).mul_(use)
+            size = r.sum(2)
             safe = size.clamp(min=1e-12)
-            mu = torch.where(size > 1e-9, (r * y).sum(0) / safe, mu)
-            sd = torch.where(size > 1e-9, ((r * (y - mu).square()).sum(0) / safe).sqrt(), sd)
+            mu = torch.where(size > 1e-9, torch.matmul(r, y.transpose(1, 2)).squeeze(2) / safe, mu)
+            away = torch.sub(y, mu.unsqueeze(2), out=away)
+            sd = torch.where(size > 1e-9, (r.mul_(away).mul_(away).sum(2) / safe).sqrt(), sd)
             sd = torch.maximum(sd, floor.unsqueeze(1))
             pi = (size + 1e-3 / k) / (n.unsqueeze(1) + 1e-3)
-        log_joint = pi.log() - 0.5 * ((y - mu) / sd).square() - sd.log() - _LOG_SQRT_2PI
-        nats = (use.squeeze(-1) * torch.logsumexp(log_joint, -1)).sum(0)
+        nats = (use.squeeze(1) * torch.logsumexp(_log_joint(away, pi, sd), 1)).sum(1)
         score = nats - 0.5 * (3 * k - 1) * torch.log(n.clamp(min=2.0))
         better = score > best
         best = torch.where(better, score, best)
@@ -731,3 +733,9 @@ def _fit_normals(x: Tensor, width: Tensor, trials: list[int]) -> tuple[Tensor, T
         mean = torch.where(row, nn.functional.pad(mu, (0, most - k)), mean)
         scale = torch.where(row, nn.functional.pad(sd, (0, most - k), value=1.0), scale)
     return weight, mean * spread.unsqueeze(1) + median.unsqueeze(1), scale * spread.unsqueeze(1)
+
+
+def _log_joint(away: Tensor, pi: Tensor, sd: Tensor) -> Tensor:
+    """log π_k N(y; μ_k, σ_k²) of distances y − μ_k ``(cells, K, rows)``, for weights and scales ``(cells, K)``."""
+    constant = (pi.log() - sd.log() - _LOG_SQRT_2PI).unsqueeze(2)
+    return (away / sd.unsqueeze(2)).square_().mul_(-0.5).add_(constant)
