@@ -978,8 +978,16 @@ MUTANTS = [
         told(of_bijections.test_masked_network_is_triangular_and_walks_to_the_same_numbers, (9, 6), 2, False),
         MaskedMLP,
         "_lean_walk",
-        "weights[0][:, self.order]",
-        "weights[0]",
+        "zip(self.order, ",
+        "zip(sorted(self.order), ",
+    ),
+    Mutant(
+        "walk that writes on its biases",
+        told(of_bijections.test_the_way_back_of_one_example_leaves_the_parameters_and_can_be_gone_on_from),
+        MaskedMLP,
+        "_lean_walk",
+        ".clone(memory_format=torch.contiguous_format)",
+        ".contiguous()",
     ),
     Mutant(
         "walk that forgets the residual",

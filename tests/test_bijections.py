@@ -399,6 +399,26 @@ def test_autoregressive_steps_written_derivative(activation: str, residual: bool
         got.sum().backward()
 
 
+def test_the_way_back_of_one_example_leaves_the_parameters_and_can_be_gone_on_from() -> None:
+    """What is computed without a graph writes on nothing that is given, and is a constant of a graph to come."""
+    torch.manual_seed(0)
+    step = Autoregressive(Affine(), D, hidden=(8, 8), context=CONTEXT)
+    with torch.no_grad():
+        for parameter in step.parameters():
+            parameter.normal_()
+    before = {name: tensor.clone() for name, tensor in step.state_dict().items()}
+    z, context = torch.randn(1, D), torch.randn(1, CONTEXT)
+    with torch.no_grad():
+        x, log_det = step.inverse(z, context)
+    for name, tensor in step.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    again, backwards = step(x, context)
+    torch.testing.assert_close(again, z, rtol=0, atol=1e-4)
+    torch.testing.assert_close(backwards, -log_det)
+    (again.sum() + (log_det * backwards).sum()).backward()
+    assert all(parameter.grad is not None for parameter in step.parameters())
+
+
 def test_logistics_are_a_mixture() -> None:
     """σ(z) is the mixture's distribution function, and its slope the density."""
     transform = Logistics(3)

@@ -17,7 +17,7 @@ from likely.networks.conditioning import without_autocast
 from likely.networks.linear import Linear
 from likely.networks.masked import MaskedMLP, examples_last
 from likely.networks.mlp import MLP, ResidualMLP, full_precision
-from likely.networks.written import differentiable_backward, serves
+from likely.networks.written import differentiable_backward, serves, untracked
 
 #: Factor on the initial weights of the layer that gives the numbers: the map starts near that of zero numbers.
 _START = 0.1
@@ -221,13 +221,10 @@ class Autoregressive(Bijection):
             ``residual``.
     """
 
-    _place: Tensor
-
     def __init__(self, transform: Elementwise, features: int, **options: Any) -> None:
         super().__init__()
         self.transform = transform
         self.network = MaskedMLP(features, transform.numbers, **{"hidden": (64, 64), **options})
-        self.register_buffer("_place", torch.tensor(self.network.order).argsort(), persistent=False)
         start_small(self.network.output)
         self.many = 1 + len(self.network.weights_and_biases())  #: how many :meth:`arguments` there are
 
@@ -267,17 +264,22 @@ class Autoregressive(Bijection):
         if torch.is_autocast_enabled(z.device.type):
             with without_autocast(z):
                 return self.inverse(full_precision(z), None if context is None else full_precision(context))
-        rows = z.flatten(1).t().contiguous().unbind()
-        walk, order, found, log_slopes = self.network.walk(len(z), context), self.network.order, [], []
-        numbers = next(walk)
-        for feature in order:
-            x, log_slope = self.transform.inverse(rows[feature], numbers)
-            found.append(x)
+        if not untracked():
+            return self._cell_by_cell(z, context)
+        with torch.inference_mode():  # many small operations, which autograd would look at one by one
+            x, log_det = self._cell_by_cell(z, context)
+        return x.clone(), log_det.clone()
+
+    def _cell_by_cell(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The way back."""
+        columns, log_slopes = list(z.flatten(1).t().contiguous().unbind()), []
+        walk = self.network.walk(len(z), context)
+        x: Any = None  # there is no cell before the first
+        for feature in self.network.order:
+            x, log_slope = self.transform.inverse(columns[feature], walk.send(x))
+            columns[feature] = x
             log_slopes.append(log_slope)
-            if len(found) < len(order):
-                numbers = walk.send(x)
-        columns = torch.stack(found).index_select(0, self._place)
-        return columns.t().reshape(z.shape), torch.stack(log_slopes).sum(0)
+        return torch.stack(columns).t().reshape(z.shape), torch.stack(log_slopes).sum(0)
 
 
 def _plain_steps(steps: Sequence[Autoregressive], x: Tensor, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -302,17 +304,17 @@ class _LeanSteps(torch.autograd.Function):
     def forward(
         ctx: Any, steps: Sequence[Autoregressive], x: Tensor, *arguments: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        columns, log_det, saved = x.t().contiguous(), x.new_zeros(len(x)), [x, *arguments]
+        columns, log_slopes, saved = x.t().contiguous(), x.new_zeros(()), [x, *arguments]
         ctx.steps, ctx.ends = steps, [len(saved)]  # of what is saved: where each part ends
         for step, own in _with_arguments(steps, arguments):
             numbers, of_network = step.network.lean(columns, *own)
             columns, log_slope, of_transform = step.transform.lean(columns, numbers)
-            log_det += log_slope.sum(0)
+            log_slopes = log_slopes + log_slope
             for part in (of_network, of_transform):
                 saved += part
                 ctx.ends.append(len(saved))
         ctx.save_for_backward(*saved)
-        return columns.t(), log_det
+        return columns.t(), log_slopes.sum(0)
 
     @staticmethod
     def backward(ctx: Any, of_z: Tensor, of_log_det: Tensor) -> tuple[Tensor | None, ...]:

@@ -112,7 +112,7 @@ class Flow(Model):
         """
         z, log_det = self.bijection(self._standard(x, noise_or_global(noise, x)), self._context(x, condition))
         # 1. the base law, 2. the volume
-        base = -0.5 * ((z * z).sum(1) + self.dims * math.log(2.0 * math.pi))
+        base = -0.5 * (z.square().sum(1) + self.dims * math.log(2.0 * math.pi))
         parts = {"base": base, "log_det": log_det + self._log_units().sum().to(log_det)}
         if self.codes is not None:
             # 3. the coded columns

@@ -9,7 +9,7 @@ other is a slice of every layer: drawing all features costs as much arithmetic a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,16 +18,23 @@ from torch import Tensor, nn
 from likely.networks.conditioning import zero
 from likely.networks.linear import Linear, affine, affine_columns, product
 from likely.networks.mlp import make_activation
+from likely.networks.written import untracked
 
 _aten = torch.ops.aten
-#: Activations, in place where they may be, and their derivatives: ``(gradient, argument, value) -> gradient``.
+#: Activations, in place where they may be, and their derivatives, in place: ``(gradient, argument, value)``.
 _ACTIVATIONS: dict[type[nn.Module], tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
-    nn.ReLU: (torch.relu_, lambda g, u, y: _aten.threshold_backward.default(g, y, 0)),
-    nn.ELU: (_aten.elu_.default, lambda g, u, y: _aten.elu_backward.default(g, 1.0, 1.0, 1.0, True, y)),
-    nn.Tanh: (torch.tanh_, lambda g, u, y: _aten.tanh_backward.default(g, y)),
-    nn.GELU: (_aten.gelu.default, lambda g, u, y: _aten.gelu_backward.default(g, u)),
-    nn.SiLU: (_aten.silu.default, lambda g, u, y: _aten.silu_backward.default(g, u)),
-    nn.Softplus: (_aten.softplus.default, lambda g, u, y: _aten.softplus_backward.default(g, u, 1.0, 20.0)),
+    nn.ReLU: (torch.relu_, lambda g, u, y: _aten.threshold_backward.grad_input(g, y, 0, grad_input=g)),
+    nn.ELU: (
+        _aten.elu_.default,
+        lambda g, u, y: _aten.elu_backward.grad_input(g, 1.0, 1.0, 1.0, True, y, grad_input=g),
+    ),
+    nn.Tanh: (torch.tanh_, lambda g, u, y: _aten.tanh_backward.grad_input(g, y, grad_input=g)),
+    nn.GELU: (_aten.gelu.default, lambda g, u, y: _aten.gelu_backward.grad_input(g, u, grad_input=g)),
+    nn.SiLU: (_aten.silu.default, lambda g, u, y: _aten.silu_backward.grad_input(g, u, grad_input=g)),
+    nn.Softplus: (
+        _aten.softplus.default,
+        lambda g, u, y: _aten.softplus_backward.grad_input(g, u, 1.0, 20.0, grad_input=g),
+    ),
 }
 
 
@@ -120,6 +127,7 @@ class MaskedMLP(nn.Module):
         self.layers = nn.ModuleList([MaskedLinear(a, b) for a, b in itertools.pairwise(steps)])
         self.context = Linear(context, hidden[0], bias=False) if context else None
         self.output = MaskedLinear(steps[-1], place * out_per_feature)
+        self._every_layer: list[Any] = [*self.layers, self.output]
         self.activation = make_activation(activation)
         if self.residual:
             for layer in self.layers[1:]:
@@ -140,13 +148,13 @@ class MaskedMLP(nn.Module):
 
     def weights_and_biases(self) -> list[Tensor]:
         """Of every layer, and of the output."""
-        return [parameter for layer in self._every_layer() for parameter in (layer.weight, layer.bias)]
+        return [parameter for layer in self._every_layer for parameter in (layer.weight, layer.bias)]
 
     def plain(self, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor) -> Tensor:
         """Numbers for examples that stand as columns, ``(features, batch)``: ``(out_per_feature, features, batch)``."""
         last = len(self.layers)
         h = x
-        for i, layer in enumerate(self._every_layer()):
+        for i, layer in enumerate(self._every_layer):
             weight, bias = weights_and_biases[2 * i : 2 * i + 2]
             adds = self.residual and 0 < i < last
             new = affine_columns(self.activation(h) if adds else h, weight * layer.mask, bias)
@@ -158,7 +166,7 @@ class MaskedMLP(nn.Module):
     def lean(self, x: Tensor, shift: Tensor | None, *weights_and_biases: Tensor) -> tuple[Tensor, list[Tensor]]:
         """:meth:`plain` without a graph, and what :meth:`lean_backward` needs."""
         activate, _ = _ACTIVATIONS[type(self.activation)]
-        weights = torch._foreach_mul(weights_and_biases[::2], [layer.mask for layer in self._every_layer()])
+        weights = self._masked(weights_and_biases[::2])
         last = len(self.layers)
         h, entering, arguments = x, [], []  # what enters a layer, and what its activation was taken of
         for i, (weight, bias) in enumerate(zip(weights, weights_and_biases[1::2])):
@@ -198,80 +206,78 @@ class MaskedMLP(nn.Module):
             of_u = of_u + of_h if self.residual and i < last else of_h
         if of_x is not None:
             of_x = product(weights[0].t(), of_u, of_x)
-        torch._foreach_mul_(of_weights, [layer.mask for layer in self._every_layer()][::-1])
+        torch._foreach_mul_(of_weights, [layer.mask for layer in self._every_layer][::-1])
         return [of_x, of_u, *itertools.chain(*zip(of_weights[::-1], of_biases[::-1]))]
-
-    def _every_layer(self) -> list[MaskedLinear]:
-        return [*self.layers, self.output]  # type: ignore[list-item]
 
     def walk(self, n: int, context: Tensor | None = None) -> Generator[Tensor, Tensor, None]:
         """Numbers for the features in their order, ``(out_per_feature, n)`` each; no unit is computed twice.
 
         The value of the feature, shape ``(n,)``, is sent before the numbers for the next one are given.
         """
-        return (self._plain_walk if torch.is_grad_enabled() else self._lean_walk)(n, context)
+        return (self._lean_walk if untracked() else self._plain_walk)(n, context)
 
     def _plain_walk(self, n: int, context: Tensor | None) -> Generator[Tensor, Tensor, None]:
         """The walk in plain operations: what is known grows by rows, units × examples."""
-        weights = [layer.masked_weight() for layer in self._every_layer()]
+        weights = [layer.masked_weight() for layer in self._every_layer]
         weights[0] = weights[0][:, self.order]  # the inputs in the order of their arrival
-        units, of_features, biases, shift = self._blocks(weights, context)
+        columns = [layer.bias.unsqueeze(1) for layer in self._every_layer]
+        if (shift := self.shift(context)) is not None:
+            columns[0] = columns[0] + shift
+        of_features, their_biases = self._by_feature(weights[-1]), self._by_feature(columns[-1])
         known = [weights[0].new_empty(0, n) for _ in weights]  # what enters each layer
         h = known[0]
-        for place, feature in enumerate(self.order):
-            for i, (weight, bias) in enumerate(zip(units, biases)):
+        for feature, blocks, biases in zip(self.order, self._by_place(weights), self._by_place(columns)):
+            for i, (weight, bias) in enumerate(zip(blocks, biases)):
                 below = known[i]
-                new = torch.addmm(bias[place], weight[place][:, : len(below)], below)
-                if i == 0 and shift is not None:
-                    new = new + shift[place]
+                new = torch.addmm(bias, weight[:, : len(below)], below)
                 if self.residual:
                     new = h = new + h if i else new
                 enters = new if self.residual and i + 1 == len(self.layers) else self.activation(new)
                 known[i + 1] = torch.cat([known[i + 1], enters])
-            weight, bias = of_features[feature]
-            value = yield torch.addmm(bias, weight[:, : len(known[-1])], known[-1])
+            value = yield torch.addmm(their_biases[feature], of_features[feature][:, : len(known[-1])], known[-1])
             known[0] = torch.cat([known[0], value.unsqueeze(0)])
 
     def _lean_walk(self, n: int, context: Tensor | None) -> Generator[Tensor, Tensor, None]:
-        """The walk without a graph, in few calls: what is not known yet is 0, and nothing sees it."""
+        """The walk without a graph, in few calls: units start at their biases, and nothing sees what is not known."""
         activate, _ = _ACTIVATIONS[type(self.activation)]
-        weights = [layer.masked_weight() for layer in self._every_layer()]
-        weights[0] = weights[0][:, self.order]
-        units, of_features, biases, shift = self._blocks(weights, context)
-        entering = [weight.new_zeros(weight.shape[1], n) for weight in weights]
-        rows = [known.split(counts) for known, counts in zip(entering, ([1] * self.features, *self._counts))]
-        h = entering[0]  # of a residual network: what its last layer left at this place
-        for place, feature in enumerate(self.order):
-            for i, (weight, bias) in enumerate(zip(units, biases)):
-                if not self._counts[i][place]:
+        weights = self._masked([layer.weight for layer in self._every_layer])
+        x = weights[0].new_zeros(self.features, n)
+        *units, numbers = (
+            layer.bias.unsqueeze(1).expand(-1, n).clone(memory_format=torch.contiguous_format)
+            for layer in self._every_layer
+        )
+        if (shift := self.shift(context)) is not None:
+            units[0] += shift
+        entering, inputs, outputs = [x, *units], x.unbind(), self._by_feature(numbers)
+        of_features = self._by_feature(weights[-1])
+        for feature, rows, blocks in zip(self.order, self._by_place(units), self._by_place(weights)):
+            h: Tensor | None = None  # of a residual network: what the layer before left
+            for i, (new, weight) in enumerate(zip(rows, blocks)):
+                if not len(new):
                     continue
-                new = torch.addmm(bias[place], weight[place], entering[i], out=rows[i + 1][place])
-                if i == 0 and shift is not None:
-                    new += shift[place]
-                if self.residual and i:
-                    new += h
-                if self.residual and i + 1 == len(self.layers):
-                    continue
-                h = new.clone() if self.residual else new
+                new.addmm_(weight, entering[i])
+                if self.residual:
+                    if h is not None:
+                        new += h
+                    if i + 1 == len(units):
+                        continue
+                    h = new.clone()
                 value = activate(new)
                 if value is not new:
                     new.copy_(value)
-            weight, bias = of_features[feature]
-            rows[0][place].copy_((yield torch.addmm(bias, weight, entering[-1])))
+            inputs[feature].copy_((yield outputs[feature].addmm_(of_features[feature], entering[-1])))
 
-    def _blocks(self, weights: Sequence[Tensor], context: Tensor | None) -> tuple[Any, Any, Any, Any]:
-        """What becomes known at each place of the order: units' weights and biases, outputs' by feature, and shifts.
+    def _masked(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """W ∘ M of every layer."""
+        return list(torch._foreach_mul(list(weights), [layer.mask for layer in self._every_layer]))
 
-        Each as rows; those of a place are empty where no unit has its degree.
-        """
-        layers, shift = self._every_layer(), self.shift(context)
-        units = [weight.split(counts) for weight, counts in zip(weights, self._counts)]
-        biases = [layer.bias.unsqueeze(1).split(counts) for layer, counts in zip(layers, self._counts)]
-        shape = (self.out_per_feature, self.features)
-        of_features = list(
-            zip(weights[-1].unflatten(0, shape).unbind(1), layers[-1].bias.view(*shape, 1).unbind(1), strict=True)
-        )
-        return units, of_features, biases, None if shift is None else shift.split(self._counts[0])
+    def _by_place(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """Rows of the hidden layers that become known at each place of the order; none where no unit has its degree."""
+        return zip(*(tensor.split(counts) for tensor, counts in zip(tensors, self._counts)))
+
+    def _by_feature(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Rows of the output layer for each feature."""
+        return tensor.unflatten(0, (self.out_per_feature, self.features)).unbind(1)
 
 
 def examples_last(h: Tensor, weight: Tensor, bias: Tensor, numbers: int) -> Tensor:

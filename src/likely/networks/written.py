@@ -18,10 +18,18 @@ def serves(*arguments: Tensor | None) -> bool:
     return (
         torch.is_grad_enabled()
         and any(argument is not None and argument.requires_grad for argument in arguments)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not in_forward_mode()
+        and not _transformed()
     )
+
+
+def untracked() -> bool:
+    """Whether no derivative of any kind may be wanted."""
+    return not torch.is_grad_enabled() and not _transformed()
+
+
+def _transformed() -> bool:
+    """Whether there is compilation, forward mode or ``torch.func``."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or in_forward_mode()
 
 
 def in_forward_mode() -> bool:
