@@ -253,8 +253,6 @@ class MaskedMLP(nn.Module):
         for feature, rows, blocks in zip(self.order, self._by_place(units), self._by_place(weights)):
             h: Tensor | None = None  # of a residual network: what the layer before left
             for i, (new, weight) in enumerate(zip(rows, blocks)):
-                if not len(new):
-                    continue
                 new.addmm_(weight, entering[i])
                 if self.residual:
                     if h is not None:
@@ -273,7 +271,7 @@ class MaskedMLP(nn.Module):
 
     def _by_place(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Rows of the hidden layers that become known at each place of the order; none where no unit has its degree."""
-        return zip(*(tensor.split(counts) for tensor, counts in zip(tensors, self._counts)))
+        return zip(*(tensor.split_with_sizes(counts) for tensor, counts in zip(tensors, self._counts)))
 
     def _by_feature(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Rows of the output layer for each feature."""
