@@ -55,8 +55,12 @@ SEEDS = [0, 1, 2]
 OPTIMIZERS: dict[str, Callable[[nn.Module, float, float], Any]] = {
     "adamw": lambda model, lr, decay: AdamW(model.parameters(), lr, weight_decay=decay),
     "adamw 0.9 0.95": lambda model, lr, decay: AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=decay),
-    "soap": lambda model, lr, decay: SOAP(model.parameters(), lr, weight_decay=decay),
-    "shampoo": lambda model, lr, decay: Shampoo(model.parameters(), lr, weight_decay=decay),
+    "soap": lambda model, lr, decay: SOAP(model.parameters(), lr, weight_decay=decay, precision="full"),
+    "soap, bfloat16": lambda model, lr, decay: SOAP(model.parameters(), lr, weight_decay=decay, precision="bfloat16"),
+    "shampoo": lambda model, lr, decay: Shampoo(model.parameters(), lr, weight_decay=decay, precision="full"),
+    "shampoo, bfloat16": lambda model, lr, decay: Shampoo(
+        model.parameters(), lr, weight_decay=decay, precision="bfloat16"
+    ),
     "muon": lambda model, lr, decay: Muon(matrix_groups(model), lr, weight_decay=decay),
     "muon, 4 iterations": lambda model, lr, decay: Muon(matrix_groups(model), lr, weight_decay=decay, iterations=4),
     "nadam": lambda model, lr, decay: NAdam(model.parameters(), lr, weight_decay=decay, decay="lr"),

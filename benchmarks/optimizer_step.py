@@ -232,6 +232,17 @@ def environment(workdir: Path) -> str:
     return str(python)
 
 
+def measured(out: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The networks that OUT has from the same day, machine and versions, measured one at a time like this one."""
+    if not out.with_suffix(".json").exists():
+        return {}
+    before = json.loads(out.with_suffix(".json").read_text())
+    before["processor"], now = before["machine"]["processor"], {**record, "processor": record["machine"]["processor"]}
+    if any(before[key] != now[key] for key in ("date", "rounds", "threads", "versions", "processor")):
+        raise SystemExit(f"--out: expected no results, or those of this day, machine and versions, got {out}")
+    return dict(before["networks"])
+
+
 def report(record: dict[str, Any]) -> str:
     """The table as Markdown."""
     lines = ["# Optimisers: time of a step and memory of the state", ""]
@@ -284,6 +295,8 @@ def main() -> None:
         "command": "python benchmarks/optimizer_step.py --workdir DIR --out benchmarks/results/optimizer_step",
     }
     logs = arguments.workdir / "logs"
+    if arguments.network and arguments.out:
+        record["networks"] = measured(arguments.out, record)
     for network, shapes in networks().items():
         if arguments.network in (None, network):
             print(network, f"{sum(math.prod(shape) for shape in shapes):,} weights", flush=True)

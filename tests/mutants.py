@@ -31,6 +31,7 @@ import test_glow as of_glow
 import test_made as of_made
 import test_many_levels as of_many_levels
 import test_masked_diffusion as of_masked_diffusion
+import test_optim_matrices as of_optim_matrices
 import test_transformer as of_transformer
 from likely import units
 from likely.bijections import LU, ActNorm, Affine, Logistics, Permutation, Planar, Spline
@@ -74,6 +75,7 @@ from likely.networks.features import Features
 from likely.networks.masked import MaskedLinear, MaskedMLP
 from likely.networks.transformer import TransformerLayers
 from likely.networks.unet import Double, ResidualBlock
+from likely.optim import matrices, soap
 from toy_models import Autoregressive, Diffusion, Flow
 
 BITS, IMAGE, PLANE = Binary((2, 3)), Integers((2,), 3), Reals((2,))
@@ -1157,6 +1159,22 @@ MUTANTS = [
         "_possible",
         "never = last &",
         "never = ~last & last &",
+    ),
+    Mutant(
+        "SOAP: steps not turned back",
+        told(of_optim_matrices.test_soaps_products_in_bfloat16_err_as_much_as_rounding_may, (5, 7)),
+        soap,
+        "soap_update",
+        "basis, transposed=True)",
+        "basis)",
+    ),
+    Mutant(
+        "rounded factors: an exception leaves the process so",
+        told(of_optim_matrices.test_rounding_of_factors_ends_with_its_context, "ieee"),
+        matrices,
+        "rounded_factors",
+        "try:\n        yield\n    finally:",
+        "if True:\n        yield\n    if True:",
     ),
 ]
 

@@ -18,11 +18,11 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 
 from likely.optim import matrices
-from likely.optim.adam import AdamW
+from likely.optim.adam import AdamW, adam_update, quick_adam_update
 from likely.optim.matrixrule import matrix_groups
 from likely.optim.muon import Muon
 from likely.optim.shampoo import START, Shampoo
-from likely.optim.soap import SOAP
+from likely.optim.soap import SOAP, soap_update
 
 Array = NDArray[np.float64]
 #: As a user calls them, with what makes them exact.
@@ -243,6 +243,115 @@ def test_muon_equals_torchs(adjust: str, precision: str, monkeypatch: pytest.Mon
     tolerance = 1e-12 if precision == "full" else 1e-3
     for a, b in zip(ours.parameters(), theirs.parameters()):
         assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+# Products in bfloat16 -----------------------------------------------------------------------------------------
+
+#: Largest relative error of rounding to bfloat16; of some dozens of operations in float32 one after another.
+HALF, SINGLE = 2.0**-8, 2.0**-18
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (64, 48), (130, 300)])
+def test_soaps_products_in_bfloat16_err_as_much_as_rounding_may(shape: tuple[int, int]) -> None:
+    """Against float64.  Each of two products in a row rounds both factors, and the last one its result: five times.
+
+    So turned gradients err by at most D = ((1 + u)⁵ − 1) |Q_L|ᵀ |G| |Q_R|.  √V̂ is a norm of them over time, hence errs
+    by at most that norm of D, M̂ by their mean of D; N' = M̂ / (√V̂ + ε) and the products back follow.
+    """
+    rng = np.random.default_rng(4)
+    basis = [np.linalg.qr(rng.normal(size=(n, n)))[0].astype(np.float32) for n in shape]
+    left, right = (q.astype(np.float64) for q in basis)
+    chain = (1 + HALF) ** 5 * (1 + SINGLE) - 1
+    tensors = [torch.from_numpy(q)[None] for q in basis]
+    m, v = torch.zeros(1, *shape), torch.zeros(1, *shape)
+    exact_m, exact_v, error_m, error_v = (np.zeros(shape) for _ in range(4))
+    b1, b2, eps = 0.9, 0.95, 1.0
+    for t, g in enumerate(gradients(shape, 4, seed=1), 1):
+        g = (g / g.std()).astype(np.float32).astype(np.float64)
+        turned, error = left.T @ g @ right, chain * np.abs(left).T @ np.abs(g) @ np.abs(right)
+        exact_m, error_m = b1 * exact_m + (1 - b1) * turned, b1 * error_m + (1 - b1) * error
+        exact_v, error_v = b2 * exact_v + (1 - b2) * turned**2, b2 * error_v + (1 - b2) * error**2
+        m_hat, below = exact_m / (1 - b1**t), np.sqrt(exact_v / (1 - b2**t)) + eps
+        step, change = m_hat / below, np.sqrt(error_v / (1 - b2**t))
+        error = (error_m / (1 - b1**t) + np.abs(step) * change) / np.maximum(below - change, eps) + SINGLE * np.abs(
+            step
+        )
+        bound = np.abs(left) @ (error + chain * (np.abs(step) + error)) @ np.abs(right).T
+        found = soap_update(torch.from_numpy(g).float()[None], m, v, tensors, t, b1, b2, eps, precision="bfloat16")
+        off = np.abs(found[0].double().numpy() - left @ step @ right.T)
+        assert (off <= bound).all()
+        assert off.max() > 2.0**-20  # float32 would not err so much
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 48), (3, 70, 130), (1, 520, 530)])
+def test_statistics_of_rounded_gradients_are_summed_in_float32(shape: tuple[int, int, int]) -> None:
+    """A Gram matrix whose factors need no rounding is as good as in float32, and one that is rounded stays ⪰ 0."""
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    for x, factor in ((g.to(torch.bfloat16).float(), 0.0), (g, HALF)):
+        total = torch.ones(shape[0], shape[1], shape[1])
+        matrices.accumulate_gram(total, x, 0.5, 0.25, rounded=True)
+        exact = 0.5 + 0.25 * x.double() @ x.double().mT
+        size = 0.5 + 0.25 * x.double().abs() @ x.double().abs().mT
+        sums = (shape[2] + 2) * 2.0**-24
+        assert ((total - exact).abs() <= ((1 + factor) ** 2 * (1 + sums) - 1) * size).all()
+        values = torch.linalg.eigvalsh(total.double())
+        assert (values[:, 0] >= -shape[1] * sums * size.amax((1, 2))).all()
+
+
+def test_shampoos_products_in_bfloat16_err_as_much_as_rounding_may() -> None:
+    """Against float64, from one spectral norm to the next.
+
+    Statistics err by at most E = ((1 + u)² − 1) Σ |G| |G|ᵀ, so that both roots of them are of matrices not below λ, and
+    a root A = L^−p errs by p λ^(−p−1) |E| (its derivative), by rounding by u |A|_F, and the products by another u each.
+    """
+    steps, eps, lr, p = gradients((9, 12), 5), 1.0, 0.1, 0.25
+    steps = [(g / np.linalg.norm(g)).astype(np.float32).astype(np.float64) for g in steps]
+    w = parameter((9, 12), torch.float32)
+    h, errors, bound = [eps * np.eye(n) for n in w.shape], [np.zeros((n, n)) for n in w.shape], 0.0
+    for g in steps:
+        norms, with_errors = [np.linalg.norm(g)], [np.linalg.norm(g) * (1 + HALF)]
+        for axis in range(2):
+            h[axis] = h[axis] + side(g, axis)
+            errors[axis] += ((1 + HALF) ** 2 * (1 + SINGLE) - 1) * side(np.abs(g), axis)
+            e, root = np.linalg.norm(errors[axis], 2), power(h[axis], -p)
+            least = max(eps, np.linalg.eigvalsh(h[axis])[0] - e)
+            change = p * least ** (-p - 1) * e + SINGLE * np.linalg.norm(root, 2)
+            norms.append(np.linalg.norm(root, 2))
+            with_errors.append(
+                (norms[-1] + change + HALF * (np.linalg.norm(root) + len(root) ** 0.5 * change)) * (1 + HALF)
+            )
+        bound += lr * (math.prod(with_errors) - math.prod(norms))
+    options = {"betas": (0.0, 1.0), "graft": "none", "interval": 1, "matrix_eps": eps, "weight_decay": 0.0}
+    start = w.detach().double().numpy()
+    found = run(Shampoo([w], lr=lr, precision="bfloat16", **options), w, steps)
+    expected = oracle_shampoo(start, steps, lr, eps)
+    assert 1e-4 < np.linalg.norm(found - expected) <= bound < 0.2 * np.linalg.norm(expected - start)
+
+
+@pytest.mark.parametrize("setting", ["none", "ieee", "bf16"])
+def test_rounding_of_factors_ends_with_its_context(setting: str) -> None:
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = setting
+        found = matmul.fp32_precision
+        with pytest.raises(ZeroDivisionError), matrices.rounded_factors():
+            assert matmul.fp32_precision == "bf16"
+            raise ZeroDivisionError
+        assert matmul.fp32_precision == found
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adam_by_the_kernel_is_adam_by_its_formulas(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.zeros(3, 40, 50, dtype=dtype) for _ in range(2)] for _ in range(2))
+    for t in range(1, 6):
+        g = torch.randn(3, 40, 50, generator=generator, dtype=dtype)
+        found = quick_adam_update(g, *ours, t, 0.9, 0.95, 1e-8)
+        (expected,) = adam_update([g], [theirs[0]], [theirs[1]], t, 0.9, 0.95, 1e-8)
+        torch.testing.assert_close([found, *ours], [expected, *theirs], rtol=64 * torch.finfo(dtype).eps, atol=0)
 
 
 # Eigenbases and roots -----------------------------------------------------------------------------------------
@@ -558,6 +667,7 @@ def test_groups_of_a_model() -> None:
         (Shampoo, {"graft": "rms"}, "graft: expected one of adam, sgd, none, got 'rms'"),
         (Shampoo, {"betas": (0.9, 1.0)}, "betas: expected β₂ below 1 where Adam is used"),
         (SOAP, {"block": 0}, "block: expected a whole number above zero or None, got 0"),
+        (SOAP, {"precision": "half"}, "precision: expected one of auto, bfloat16, full, got 'half'"),
         (SOAP, {"statistics_beta": 1.0}, "statistics_beta: expected a number from 0 to below 1, got 1.0"),
     ],
 )
@@ -584,14 +694,16 @@ def round_trip(state: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [Muon, Shampoo, SOAP])
+@pytest.mark.parametrize("precision", ["full", "bfloat16"])
 @pytest.mark.parametrize("stop", [2, 7, 13])
 def test_a_resumed_run_is_the_run_that_was_never_stopped(
-    kind: Any, dtype: torch.dtype, stop: int, tmp_path: Path
+    kind: Any, dtype: torch.dtype, precision: str, stop: int, tmp_path: Path
 ) -> None:
     def make() -> tuple[nn.Module, torch.optim.Optimizer]:
         model = small_network(dtype)
         rounding = {"rounding": "stochastic"} if dtype == torch.bfloat16 else {}
-        return model, kind(model.parameters(), lr=0.01, **rounding, **({} if kind is Muon else {"interval": 4}))
+        options = {"precision": precision} if kind is Muon else {"precision": precision, "interval": 4}
+        return model, kind(model.parameters(), lr=0.01, **rounding, **options)
 
     model, optimizer = make()
     for seed in range(20):

@@ -88,6 +88,37 @@ def adam_update(
     return list(torch._foreach_div(m, below))
 
 
+def quick_adam_update(
+    g: Tensor, m: Tensor, v: Tensor, t: float, beta1: float, beta2: float, eps: float, epsilon: Epsilon = "outside"
+) -> Tensor:
+    """:func:`adam_update` of one tensor, by PyTorch's kernel where that serves.
+
+    >>> g, m, v = torch.tensor([3.0]), torch.zeros(1), torch.zeros(1)
+    >>> round(quick_adam_update(g, m, v, 1, 0.9, 0.999, 0.0).item(), 6), round(m.item(), 6), round(v.item(), 6)
+    (1.0, 0.3, 0.009)
+    """
+    whole = g.device.type == "cpu" and all(x.is_contiguous() and x.dtype == g.dtype for x in (g, m, v))
+    if epsilon != "outside" or not whole or torch.compiler.is_compiling():
+        return adam_update([g], [m], [v], t, beta1, beta2, eps, epsilon)[0]
+    update = torch.zeros_like(g)  # the kernel moves parameters: these go from 0 by a learning rate of −1
+    torch._fused_adam_(
+        [update],
+        [g],
+        [m],
+        [v],
+        [],
+        [torch.tensor(float(t))],
+        lr=-1.0,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    return update
+
+
 def adamax_update(
     g: list[Tensor], m: list[Tensor], u: list[Tensor], t: Any, beta1: float, beta2: float, eps: float
 ) -> list[Tensor]:

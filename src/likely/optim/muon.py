@@ -37,13 +37,11 @@ import torch
 from torch import Tensor
 
 from likely.optim.frame import Bucket, Decay, Rounding, expect
-from likely.optim.matrices import Method, layout, orthogonalized, put_back, stacked
+from likely.optim.matrices import Method, Precision, layout, orthogonalized, put_back, stacked
 from likely.optim.matrixrule import MatrixRule
 from likely.processor import multiplies_bfloat16
 
 Adjust = Literal["match_rms_adamw", "original", "none"]
-#: In what M is orthogonalised: bfloat16, the ``full`` precision of the state, or bfloat16 where that is faster.
-Precision = Literal["auto", "bfloat16", "full"]
 
 
 def muon_momentum(g: list[Tensor], momentum: list[Tensor], mu: float, nesterov: bool) -> list[Tensor]:
@@ -79,7 +77,7 @@ class Muon(MatrixRule):
         weight_decay: λ, of both; ``decay`` as in :class:`likely.optim.adam.AdamW`.
         adjust: how far a matrix is moved, see the module.
         method, iterations, floor: how M is orthogonalised, see the module.
-        precision: of the products in it.
+        precision: of the products in it, see :data:`likely.optim.matrices.Precision`.
         norm_eps: least norm that M is divided by.
         maximize, rounding, seed: see :class:`likely.optim.frame.UpdateRule`.
 

@@ -18,6 +18,11 @@ and Shi et al. 2023 (arXiv 2309.06497).
 **Blocks** (``block``).  An axis longer than that is cut in equal parts, each block of the tensor having its own
 statistics.  An axis longer than ``max_side`` has none: its preconditioner is the identity.
 
+**Precision** (``precision``).  In ``bfloat16`` G is rounded for L and R, the products of which are summed in float32,
+and L̂^{−p}, R̂^{−p}, M are rounded for U.  Moments, statistics and roots stay in the precision of the state, and so does
+all linear algebra with them.  ``auto`` is that where the state is float32 and the processor has tiles (AMX), which
+multiply bfloat16 several times as fast; else ``full``.
+
 **Turns.**  Roots are renewed every ``interval`` steps, each side of a block at its own turn, so that no step is much
 longer than the others; the turns are shared out by cost, once for all.  The first roots are computed at a side's turn
 within the first :data:`START` steps.  Until those of all parameters of its shape are there, a parameter moves by the
@@ -33,12 +38,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from likely.optim.adam import adam_update
+from likely.optim.adam import quick_adam_update
 from likely.optim.frame import Bucket, Decay, Rounding, expect, one_minus_power
 from likely.optim.matrices import (
     Layout,
+    Precision,
     accumulate_gram,
     batched,
+    in_bfloat16,
     layout,
     matrix_power,
     multiply_axes,
@@ -54,12 +61,13 @@ Graft = Literal["adam", "sgd", "none"]
 START = 10
 
 
-def update_statistics(g: Tensor, statistics: list[Tensor | None], beta2: float) -> None:
+def update_statistics(g: Tensor, statistics: list[Tensor | None], beta2: float, precision: Precision = "full") -> None:
     """Take gradients into the statistics: L ← β₂ L + (1 − β₂) G Gᵀ for every side, or L ← L + G Gᵀ where β₂ = 1.
 
     Args:
         g: shape ``(batch, n_1, …, n_k)``.
         statistics: for each axis ``(batch, n_i, n_i)``, or None.
+        precision: whether G is rounded to bfloat16 for it.
 
     >>> left, right = torch.zeros(1, 1, 1), torch.zeros(1, 2, 2)
     >>> update_statistics(torch.tensor([[[1.0, 2.0]]]), [left, right], 0.5)
@@ -68,7 +76,8 @@ def update_statistics(g: Tensor, statistics: list[Tensor | None], beta2: float) 
     """
     for axis, matrices in enumerate(statistics):
         if matrices is not None:
-            accumulate_gram(matrices, unfolded(g, axis), beta2, 1 - beta2 if beta2 < 1 else 1.0)
+            alpha = 1 - beta2 if beta2 < 1 else 1.0
+            accumulate_gram(matrices, unfolded(g, axis), beta2, alpha, in_bfloat16(precision, matrices))
 
 
 def shampoo_root(statistics: Tensor, sides: int, t: float, beta2: float, eps: float) -> Tensor:
@@ -138,6 +147,7 @@ class Preconditioned(MatrixRule):
         expect(
             group, "block", lambda value: value is None or (value >= 1 and value == int(value)), positive + " or None"
         )
+        expect(group, "precision", get_args(Precision).__contains__, f"one of {', '.join(get_args(Precision))}")
         expect(group, "max_side", lambda value: value >= 1, positive)
         expect(group, "merge", lambda value: isinstance(value, bool), "True or False")
 
@@ -252,6 +262,7 @@ class Shampoo(Preconditioned):
         interval: steps from one renewal of a root to the next.
         graft: what gives the length of the step, ``adam``, ``sgd`` or ``none``.
         matrix_eps: ε of the roots.
+        precision: of the products with gradients and moments, see the module.
         block: longest side of a block; None for one block.
         max_side: longest axis that has statistics.
         merge: whether the axes after the first are taken as one.
@@ -275,6 +286,7 @@ class Shampoo(Preconditioned):
         interval: int = 10,
         graft: Graft = "adam",
         matrix_eps: float = 1e-12,
+        precision: Precision = "auto",
         block: int | None = 1024,
         max_side: int = 8192,
         merge: bool = True,
@@ -287,6 +299,7 @@ class Shampoo(Preconditioned):
             "interval": interval,
             "graft": graft,
             "matrix_eps": matrix_eps,
+            "precision": precision,
             "block": block,
             "max_side": max_side,
             "merge": merge,
@@ -317,16 +330,18 @@ class Shampoo(Preconditioned):
 
     def update_blocks(self, b: Blocks, t: int, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
-        update_statistics(b.g, b.statistics, beta2)
+        update_statistics(b.g, b.statistics, beta2, group["precision"])
         sides = sum(matrices is not None for matrices in b.statistics)
         for _, due, statistics, roots in b.renewals():
             roots[due] = shampoo_root(statistics, sides, t, beta2, group["matrix_eps"])
         if b.v is not None:
-            (step,) = adam_update([b.g], [b.m], [b.v], t, beta1, beta2, group["eps"])
+            step = quick_adam_update(b.g, b.m, b.v, t, beta1, beta2, group["eps"])
         else:
             step = b.m.lerp_(b.g, 1 - beta1) / one_minus_power(beta1, t)
         if b.age >= 0:
-            u = multiply_axes(b.m, b.basis)  # L̂^{−p} M R̂^{−p}
+            dtype = torch.bfloat16 if in_bfloat16(group["precision"], b.m) else b.m.dtype
+            factors = [root if root is None else root.to(dtype) for root in b.basis]
+            u = multiply_axes(b.m.to(dtype), factors, transposed=True).to(b.m.dtype)  # L̂^{−p} M R̂^{−p}
             if group["graft"] == "none":
                 u = u / one_minus_power(beta1, t)
             else:

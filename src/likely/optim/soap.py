@@ -14,6 +14,10 @@ In that eigenbasis Shampoo's preconditioner is diagonal, and (with p = 1/2) the 
 (section 4 of the paper).  SOAP keeps Adam's full second moment there instead, so that the scales stay fresh while the
 basis ages.
 
+``precision`` is that of the products with G and N', as in Shampoo: in ``bfloat16`` G, N', Q_L and Q_R are rounded for
+them.  The renewal of a basis and the turning of M' with it, once every ``interval`` steps, stay in float32: rounded
+statistics would lose the vectors of small eigenvalues.
+
 The first basis is that of the statistics at a side's first turn (``START`` in :mod:`likely.optim.shampoo`), by a full
 decomposition.  Up to and including the step in which the last of them is made the parameter waits, as in the authors'
 code, so that no gradient is turned into a basis that was made of it.  The first moment is kept in the eigenbasis and
@@ -28,9 +32,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from likely.optim.adam import Epsilon, adam_update
+from likely.optim.adam import Epsilon, quick_adam_update
 from likely.optim.frame import Decay, Rounding, expect
-from likely.optim.matrices import eigenbasis, multiply_axes, power_qr
+from likely.optim.matrices import Precision, eigenbasis, in_bfloat16, multiply_axes, power_qr
 from likely.optim.shampoo import Blocks, Preconditioned, update_statistics
 
 
@@ -44,6 +48,7 @@ def soap_update(
     beta2: float,
     eps: float,
     epsilon: Epsilon = "outside",
+    precision: Precision = "full",
 ) -> Tensor:
     """Adam in another basis, in units of the learning rate; m and v, which are in that basis, become the new ones.
 
@@ -51,15 +56,18 @@ def soap_update(
         g: gradients, shape ``(batch, n_1, …, n_k)``; m and v have the same.
         basis: for each axis ``(batch, n_i, n_i)``, the basis vectors as columns, or None for the identity.
         t: number of steps in a basis, 1 for the first.
+        precision: of the products, and in bfloat16 also of the update.
 
     >>> g, m, v = torch.tensor([[[3.0], [4.0]]]), torch.zeros(1, 2, 1), torch.zeros(1, 2, 1)
     >>> turned = torch.tensor([[[0.6, -0.8], [0.8, 0.6]]])                  # g is five times its first column
     >>> [round(x, 4) for x in soap_update(g, m, v, [turned, None], 1, 0.9, 0.9, 1e-3).flatten().tolist()]
     [0.5999, 0.7998]
     """
-    turned = multiply_axes(g, basis)
-    (step,) = adam_update([turned], [m], [v], t, beta1, beta2, eps, epsilon)
-    return multiply_axes(step, basis, transposed=True)
+    dtype = torch.bfloat16 if in_bfloat16(precision, m) else m.dtype
+    basis = [q if q is None else q.to(dtype) for q in basis]
+    turned = multiply_axes(g.to(dtype), basis).to(m.dtype)
+    step = quick_adam_update(turned, m, v, t, beta1, beta2, eps, epsilon)
+    return multiply_axes(step.to(dtype), basis, transposed=True)
 
 
 def renew_basis(m: Tensor, v: Tensor, axis: int, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,6 +101,7 @@ class SOAP(Preconditioned):
         statistics_beta: the statistics' own β₂.
         interval: steps from one renewal of a basis to the next.
         epsilon: where ε stands, see :mod:`likely.optim.adam`; the authors' code has it ``folded``.
+        precision: of the products with gradients and steps, see the module.
         block: longest side of a block; None for one block.
         max_side: longest axis that has statistics; longer ones keep their own basis.
         merge: whether the axes after the first are taken as one.
@@ -118,6 +127,7 @@ class SOAP(Preconditioned):
         statistics_beta: float | None = None,
         interval: int = 10,
         epsilon: Epsilon = "outside",
+        precision: Precision = "auto",
         block: int | None = None,
         max_side: int = 8192,
         merge: bool = True,
@@ -130,6 +140,7 @@ class SOAP(Preconditioned):
             "epsilon": epsilon,
             "statistics_beta": statistics_beta,
             "interval": interval,
+            "precision": precision,
             "block": block,
             "max_side": max_side,
             "merge": merge,
@@ -156,9 +167,10 @@ class SOAP(Preconditioned):
         beta1, beta2 = group["betas"]
         assert b.v is not None
         if b.age > 0:
-            eps, epsilon = group["eps"], group["epsilon"]
-            b.update.copy_(soap_update(b.g, b.m, b.v, b.basis, b.age, beta1, beta2, eps, epsilon))
-        update_statistics(b.g, b.statistics, beta2 if group["statistics_beta"] is None else group["statistics_beta"])
+            how = (group["eps"], group["epsilon"], group["precision"])
+            b.update.copy_(soap_update(b.g, b.m, b.v, b.basis, b.age, beta1, beta2, *how))
+        own = group["statistics_beta"]
+        update_statistics(b.g, b.statistics, beta2 if own is None else own, group["precision"])
         for axis, due, statistics, basis in b.renewals():
             if b.age <= 0:  # the first one; the moments are still zero
                 basis[due] = eigenbasis(statistics)
