@@ -33,7 +33,7 @@ import test_many_levels as of_many_levels
 import test_masked_diffusion as of_masked_diffusion
 import test_optim_matrices as of_optim_matrices
 import test_transformer as of_transformer
-from likely import units
+from likely import processor, units
 from likely.bijections import LU, ActNorm, Affine, Logistics, Permutation, Planar, Spline
 from likely.bijections.multiscale import GaussianPrior, MultiScale
 from likely.checks import check_model
@@ -75,7 +75,7 @@ from likely.networks.features import Features
 from likely.networks.masked import MaskedLinear, MaskedMLP
 from likely.networks.transformer import TransformerLayers
 from likely.networks.unet import Double, ResidualBlock
-from likely.optim import matrices, soap
+from likely.optim import soap
 from toy_models import Autoregressive, Diffusion, Flow
 
 BITS, IMAGE, PLANE = Binary((2, 3)), Integers((2,), 3), Reals((2,))
@@ -1171,7 +1171,7 @@ MUTANTS = [
     Mutant(
         "rounded factors: an exception leaves the process so",
         told(of_optim_matrices.test_rounding_of_factors_ends_with_its_context, "ieee"),
-        matrices,
+        processor,
         "rounded_factors",
         "try:\n        yield\n    finally:",
         "if True:\n        yield\n    if True:",

@@ -153,8 +153,8 @@ def test_tiles_give_the_sums(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, 
     x = torch.randint(-product.limit, product.limit + 1, (3, 40, shape[1]))
     x[0, 0] = torch.where(weight[1] < 0, -product.limit, product.limit)
     thrown = []
-    bfloat16_factors = products.bfloat16_factors
-    monkeypatch.setattr(products, "bfloat16_factors", lambda: (thrown.append(1), bfloat16_factors())[1])
+    rounded_factors = products.rounded_factors
+    monkeypatch.setattr(products, "rounded_factors", lambda: (thrown.append(1), rounded_factors())[1])
     right = (x.double() @ weight.t().double()).float()
     assert torch.equal(product.by("tiles", x.float()), right) and len(thrown) == len(product.cuts)
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # type: ignore[attr-defined]
@@ -169,13 +169,6 @@ def test_tiles_give_the_sums(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, 
     finally:
         other.cancel()
         other.join()
-
-
-def test_the_switch_of_precision_is_put_back() -> None:
-    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    with pytest.raises(KeyError), products.bfloat16_factors():
-        raise KeyError
-    assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
 
 
 def test_tiles_that_lose_bits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
+from likely import processor
 from likely.optim import matrices
 from likely.optim.adam import AdamW, adam_update, quick_adam_update
 from likely.optim.matrixrule import matrix_groups
@@ -335,7 +336,7 @@ def test_rounding_of_factors_ends_with_its_context(setting: str) -> None:
     try:
         matmul.fp32_precision = setting
         found = matmul.fp32_precision
-        with pytest.raises(ZeroDivisionError), matrices.rounded_factors():
+        with pytest.raises(ZeroDivisionError), processor.rounded_factors():
             assert matmul.fp32_precision == "bf16"
             raise ZeroDivisionError
         assert matmul.fp32_precision == found

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -50,6 +53,24 @@ def alone() -> bool:
 
 def _idle(thread: threading.Thread) -> bool:
     return getattr(thread, "multiplies", True) is False or type(thread).__module__.partition(".")[0] in _IDLE
+
+
+@contextlib.contextmanager
+def rounded_factors() -> Iterator[None]:
+    """Products of float32 matrices of factors rounded to bfloat16, added up in float32, where the processor has that.
+
+    PyTorch's switch is the whole process's: only for a thread that is :func:`alone`.
+    """
+    backends: Any = torch.backends
+    switch = backends.mkldnn.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = "none"  # as the wider settings say, by default
+        if switch.fp32_precision != before:
+            switch.fp32_precision = before
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from likely.exact.profiles import Irreproducible, Profile
-from likely.processor import LARGE, ONEDNN, TILES, alone
+from likely.processor import LARGE, ONEDNN, TILES, alone, rounded_factors
 
 Route = Literal["tiles", "native", "shifted", "float64"]
 #: In the order in which they are tried.
@@ -220,7 +220,7 @@ class Product(_Routed):
             if id(weight) not in self._doubled:
                 self._doubled[id(weight)] = weight.repeat(1, 2)
             weight = self._doubled[id(weight)]
-        with bfloat16_factors():
+        with rounded_factors():
             y = F.linear(rows, weight)
         return y.view(*x.shape[:-1], len(weight))
 
@@ -420,22 +420,6 @@ def full_precision_products(device: torch.device) -> Iterator[None]:
     finally:
         for switch, old in reduced:
             switch.fp32_precision = old
-
-
-@contextlib.contextmanager
-def bfloat16_factors() -> Iterator[None]:
-    """Matrix products on the processor of factors rounded to bfloat16, added up in float32.
-
-    The switch is the whole process's: only for a thread that is :func:`~likely.processor.alone`.
-    """
-    backends: Any = torch.backends
-    switch = backends.mkldnn.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
 
 
 @contextlib.contextmanager

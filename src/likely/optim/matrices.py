@@ -6,18 +6,17 @@ serves.  Nothing here knows an optimiser.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from likely.processor import LARGE, ONEDNN, TILES
+from likely.processor import LARGE, ONEDNN, TILES, alone, rounded_factors
 
 # --------------------------------------------------------------------------------------------------------------
 # Products
@@ -93,32 +92,17 @@ def accumulate_gram(total: Tensor, x: Tensor, beta: float, alpha: float, rounded
 
     Args:
         rounded: whether x may be rounded to bfloat16.  Products are added up in float32 then, and added to the total
-            there: it stays the Gram matrix of something, positive semidefinite up to the rounding of float32.
+            there: it stays the Gram matrix of something, positive semidefinite up to the rounding of float32.  It is
+            not while another thread is alive, for which the switch would be thrown too.
     """
-    if rounded and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    rounded = rounded and x.dtype == torch.float32 and x.device.type == "cpu"
+    if rounded and not torch.compiler.is_compiling() and alone():
         with rounded_factors():
             total.baddbmm_(x, x.mT, beta=beta, alpha=alpha)
     elif _worth_a_triangle(x) or _by_onednn(x, x.mT):
         total.mul_(beta).add_(gram(x), alpha=alpha)
     else:
         total.baddbmm_(x, x.mT, beta=beta, alpha=alpha)
-
-
-@contextlib.contextmanager
-def rounded_factors() -> Iterator[None]:
-    """Let oneDNN round float32 factors to bfloat16 where the processor multiplies that; their products stay float32.
-
-    PyTorch keeps this for the whole process, so other threads multiply likewise while the context lasts.
-    """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = "none"  # as the wider settings say, by default
-        if matmul.fp32_precision != before:
-            matmul.fp32_precision = before
 
 
 def commuting_product(a: Tensor, b: Tensor) -> Tensor:
