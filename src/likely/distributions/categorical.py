@@ -45,7 +45,7 @@ def sample_categories(logits: Tensor, uniform: Tensor) -> Tensor:
         uniform: shape ``(*lead,)``, or ``(*lead, draws)`` for several codes of one distribution.
     """
     several = uniform.dim() == logits.dim()
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
     points = (uniform if several else uniform.unsqueeze(-1)).to(cumulative).contiguous()
     codes = torch.searchsorted(cumulative, points).clamp_(max=logits.shape[-1] - 1)
     return codes if several else codes.squeeze(-1)

@@ -170,11 +170,17 @@ class Transformer(Model):
 
     # Cell after cell -----------------------------------------------------------------------------------------
 
-    def _next(self, x: Tensor, t: int, context: Tensor | None, step: Callable[[Tensor], Tensor]) -> Distribution:
-        """The law of cell t of all examples, from their cells before it, ``(n, T)``; takes the layers a step on."""
-        token = self._tokens(x[:, :t], t - 1)[:, 0] if t else self.begin.expand(len(x), -1)
-        token = token + self.place[t]
-        return self.cells.law(step(token if context is None else token + context), t)
+    def _laws(
+        self, x: Tensor, context: Tensor | None, step: Callable[[Tensor], Tensor]
+    ) -> Callable[[int], Distribution]:
+        """A function to the law of cell t of all examples from those before it in x, ``(n, T)``; takes ``step`` on."""
+        begin, places, read, law = self.begin.expand(len(x), -1), self.place.unbind(), self._tokens, self.cells.law
+
+        def following(t: int) -> Distribution:
+            token = (read(x[:, :t], t - 1)[:, 0] if t else begin) + places[t]
+            return law(step(token if context is None else token + context), t)
+
+        return following
 
     def _walk(
         self, n: int, context: Tensor | None, run: Callable[..., Any] | None = None
@@ -182,18 +188,18 @@ class Transformer(Model):
         """The laws of all cells of n examples, shape ``(n, 1)``; each cell's values ``(n,)`` are sent before the next.
 
         Args:
-            run: calls :meth:`_next` in reproducible arithmetic, whose layers are modules; by default it is called as it
-                is, and the layers are walked through in few calls.
+            run: calls a function in reproducible arithmetic, whose layers are modules; by default the layers are walked
+                through in few calls.
         """
         dtype = torch.float64 if isinstance(self.space, Table) else torch.int64
         x = torch.zeros(n, self.space.dims, dtype=dtype, device=self.begin.device)
         if run is None:
-            following = partial(self._next, step=self.layers.walk(n, self.begin))
+            following = self._laws(x, context, self.layers.walk(n, self.begin))
         else:
-            caches = self.layers.caches(n, self.begin)
-            following = partial(run, self._next, step=partial(self.layers.step, caches=caches))
+            step = partial(self.layers.step, caches=self.layers.caches(n, self.begin))
+            following = partial(run, self._laws(x, context, step))
         for t, column in enumerate(x.unbind(1)):
-            column.copy_((yield following(x, t, context)))
+            column.copy_((yield following(t)))
 
     def sample(self, n: int, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         """Each cell drawn from its law given all before it; every cell is there."""
