@@ -130,6 +130,15 @@ def test_the_walk_with_its_cache_gives_the_laws_of_the_whole_pass(space: Space) 
                 law = walk.send(cell)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_draws_in_any_precision_and_under_autocast(dtype: torch.dtype) -> None:
+    model = Transformer.tiny(Tokens(9, 5)).to(dtype)
+    model.space.validate(model.sample(4, None, StreamNoise(torch.Generator().manual_seed(0))))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.float().space.validate(model.sample(4, None, StreamNoise(torch.Generator().manual_seed(0))))
+
+
+
 def test_the_walk_reads_runs_of_symbols() -> None:
     model = scrambled(Tokens(7, 4), ngrams=(2, 3), ngram_bits=6).double()
     x = rows_of(model.space, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,6 +122,8 @@ class TransformerLayers(nn.Module):
         Returns:
             A function from the next token of each sequence to what comes out there, shape ``(n, width)`` to the same.
         """
+        if like.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(like.device.type):
+            return partial(self.step, caches=self.caches(n, like))  # there are no complex numbers of half precision
         walk = self._walk(n, like)
         next(walk)
         return walk.send
