@@ -299,6 +299,14 @@ def test_statistics_of_rounded_gradients_are_summed_in_float32(shape: tuple[int,
         assert (values[:, 0] >= -shape[1] * sums * size.amax((1, 2))).all()
 
 
+def test_large_matrices_of_float32_are_rounded_where_tiles_multiply_them() -> None:
+    shapes = {(1, 384, 384): True, (3, 128, 512): True, (100, 64, 64): False, (1, 8, 12, 9): False}
+    for shape, large in shapes.items():
+        assert matrices.in_bfloat16("auto", torch.zeros(shape)) == (large and matrices.TILES)
+        assert not matrices.in_bfloat16("auto", torch.zeros(shape, dtype=torch.float64))
+        assert matrices.in_bfloat16("bfloat16", torch.zeros(shape)) > matrices.in_bfloat16("full", torch.zeros(shape))
+
+
 def test_shampoos_products_in_bfloat16_err_as_much_as_rounding_may() -> None:
     """Against float64, from one spectral norm to the next.
 

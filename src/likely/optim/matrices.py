@@ -29,17 +29,22 @@ WORTH_A_TRIANGLE, STRIP = 1 << 27, 192
 Precision = Literal["auto", "bfloat16", "full"]
 
 
-def in_bfloat16(precision: Precision, state: Tensor) -> bool:
-    """Whether an optimiser that rounds float32 anew in every step multiplies in bfloat16.
+#: Multiply-adds of a matrix and its longer side's square from which rounding it to bfloat16 pays for itself.
+WORTH_ROUNDING = 1 << 25
 
-    By itself only where tiles (AMX) do.  AVX-512 alone multiplies bfloat16 no faster: with oneDNN kept from the tiles
-    of an Intel processor, products took 1.0 to 1.9 times as long as in float32.
 
-    >>> in_bfloat16("bfloat16", torch.zeros(1)), in_bfloat16("auto", torch.zeros(1, dtype=torch.float64))
+def in_bfloat16(precision: Precision, x: Tensor) -> bool:
+    """Whether an optimiser that rounds float32 anew in every step multiplies ``(batch, n_1, …, n_k)`` in bfloat16.
+
+    By itself only where tiles (AMX) do, and where matrices are large.  AVX-512 alone multiplies bfloat16 no faster:
+    with oneDNN kept from the tiles of an Intel processor, products took 1.0 to 1.9 times as long as in float32.
+
+    >>> in_bfloat16("bfloat16", torch.zeros(1, 2, 2)), in_bfloat16("auto", torch.zeros(1, 2, 2))
     (True, False)
     """
-    by_tiles = TILES and state.device.type == "cpu" and state.dtype == torch.float32
-    return precision == "bfloat16" or (precision == "auto" and by_tiles)
+    by_tiles = TILES and x.device.type == "cpu" and x.dtype == torch.float32
+    large = math.prod(x.shape[1:]) * max(x.shape[1:]) >= WORTH_ROUNDING
+    return precision == "bfloat16" or (precision == "auto" and by_tiles and large)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

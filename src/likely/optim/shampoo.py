@@ -20,7 +20,7 @@ statistics.  An axis longer than ``max_side`` has none: its preconditioner is th
 
 **Precision** (``precision``).  In ``bfloat16`` G is rounded for L and R, the products of which are summed in float32,
 and L̂^{−p}, R̂^{−p}, M are rounded for U.  Moments, statistics and roots stay in the precision of the state, and so does
-all linear algebra with them.  ``auto`` is that where the state is float32 and the processor has tiles (AMX), which
+all linear algebra with them.  ``auto`` is that for large matrices of float32 where the processor has tiles (AMX), which
 multiply bfloat16 several times as fast; else ``full``.
 
 **Turns.**  Roots are renewed every ``interval`` steps, each side of a block at its own turn, so that no step is much
@@ -77,7 +77,7 @@ def update_statistics(g: Tensor, statistics: list[Tensor | None], beta2: float, 
     for axis, matrices in enumerate(statistics):
         if matrices is not None:
             alpha = 1 - beta2 if beta2 < 1 else 1.0
-            accumulate_gram(matrices, unfolded(g, axis), beta2, alpha, in_bfloat16(precision, matrices))
+            accumulate_gram(matrices, unfolded(g, axis), beta2, alpha, in_bfloat16(precision, g))
 
 
 def shampoo_root(statistics: Tensor, sides: int, t: float, beta2: float, eps: float) -> Tensor:
