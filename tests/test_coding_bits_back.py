@@ -25,7 +25,7 @@ from likely.coding import (
     decode_rows,
     encode_rows,
 )
-from likely.coding.bits_back import choose_schedule
+from likely.coding.bits_back import choose_schedule, trial
 
 PRECISION = 20
 
@@ -257,11 +257,11 @@ def test_rows_with_holes_and_conditions_round_trip(n):
 def test_lanes_follow_the_size_of_the_data():
     x = torch.zeros(200_000, 3)
     for n, low, high in [(10, 1, 1), (2_000, 4, 12), (50_000, 110, 256), (200_000, 600, 900)]:
-        assert low <= choose_schedule(Cells(), x[:n]).lanes <= high
+        assert low <= choose_schedule(x[:n].shape, trial(Cells(), x[:n])).lanes <= high
         payload = encode_rows(Cells(), x[:n])
         overhead = 8 * len(payload.data) / payload.ideal_bits - 1
         assert overhead < 0.002 + 200 / payload.ideal_bits
-    assert choose_schedule(Cells(), x, lanes=77).lanes == 77
+    assert choose_schedule(x.shape, trial(Cells(), x), lanes=77).lanes == 77
 
 
 # ------------------------------------------------------------------------------------------------------------- damage

@@ -138,7 +138,6 @@ def test_draws_in_any_precision_and_under_autocast(dtype: torch.dtype) -> None:
         model.float().space.validate(model.sample(4, None, StreamNoise(torch.Generator().manual_seed(0))))
 
 
-
 def test_the_walk_reads_runs_of_symbols() -> None:
     model = scrambled(Tokens(7, 4), ngrams=(2, 3), ngram_bits=6).double()
     x = rows_of(model.space, 4)

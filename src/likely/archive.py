@@ -24,7 +24,7 @@ from torch import Tensor
 
 from likely import __version__, models
 from likely.coding import fallback
-from likely.coding.bits_back import decode_rows, encode_rows
+from likely.coding.bits_back import TRIAL_ROWS, Trial, choose_schedule, decode_rows, encode_rows, trial
 from likely.coding.codec import ModelCodec
 from likely.coding.container import Chunk, Limits, Reader, Writer, canonical_json, content_digest
 from likely.coding.described import PatternCells
@@ -332,6 +332,8 @@ class _Job:
         self.cells = _Layout(model.space)
         self._condition = None if model.condition is None else _Layout(model.condition)
         self._other: ModelCodec | None = None
+        #: What a few rows of the original cost, if there are several chunks; else each chunk is tried by itself.
+        self.tried: Trial | None = None
 
     def everywhere(self) -> dict[str, Any]:
         """What :func:`map_chunks` is told, that its workers have this job."""
@@ -340,6 +342,7 @@ class _Job:
     def to_bytes(self) -> bytes:
         """What another process needs."""
         about = {**models.describe(self.model), "spare": self.spare, "verify": self.verify}
+        about["tried"] = self.tried and asdict(self.tried)
         octets = json.dumps(about).encode()
         return struct.pack("<I", len(octets)) + octets + safetensors.torch.save(_tensors(self.model))
 
@@ -347,10 +350,12 @@ class _Job:
     def from_bytes(cls, state: bytes) -> _Job:
         (length,) = struct.unpack_from("<I", state)
         about = json.loads(state[4 : 4 + length])
-        spare, verify = about.pop("spare"), about.pop("verify")
+        spare, verify, tried = (about.pop(name) for name in ("spare", "verify", "tried"))
         model = models.build(about)
         model.load_state_dict(safetensors.torch.load(state[4 + length :]))
-        return cls(model, spare, verify)
+        job = cls(model, spare, verify)
+        job.tried = tried and Trial(**tried)
+        return job
 
     def encode(self, rows: _Part | _Span) -> _Coded:
         """Code the rows by the model, or by generic compression where that takes less."""
@@ -364,7 +369,8 @@ class _Job:
             condition = self._condition.from_bytes(given[0], given[1], n)
         content = [part.side, values, holes, *given]
         sections = [_section(part.side), self.cells.pack_holes(holes, n), *map(_section, given)]
-        coding = encode_rows(self.codec, part.x, condition)
+        schedule = None if self.tried is None else choose_schedule(part.x.shape, self.tried)
+        coding = encode_rows(self.codec, part.x, condition, schedule=schedule)
         near = self._near(part.x, values, len(coding.data))
         plain = _section(values) if near else b""
         costs: dict[str, float] = {
@@ -495,6 +501,8 @@ def compress(
     spare = _spare_bits(schema.space, original)
     job = _Job(model, spare, verify)
     step, workers = _plan(original, job, workers)
+    if step < original.n:
+        job.tried = _tried(job.codec, original)
     header = {
         "coding": CODING,
         "exactness": original.exactness,
@@ -706,6 +714,17 @@ def _estimate_bits(codec: ModelCodec, original: Original, rows: int) -> float:
         codec.push(stack, some.x, some.condition)
         seen += len(some.x)
     return stack.bits * n / max(seen, 1)
+
+
+def _tried(codec: ModelCodec, original: Original) -> Trial:
+    """What rows from all over the original cost."""
+    rows = min(original.n, TRIAL_ROWS)
+    apart = [
+        original.rows(first, first + 1, codec.legal)
+        for first in range(0, original.n // rows * rows, original.n // rows)
+    ]
+    given = [row.condition for row in apart if row.condition is not None]
+    return trial(codec, torch.cat([row.x for row in apart]), torch.cat(given) if given else None)
 
 
 def _borrowed(codec: ModelCodec, original: Original) -> int:

@@ -111,7 +111,7 @@ _HEADER = struct.Struct("<HHBB")
 #: Limits of a schedule; they bound the number of steps of the ramp by about 70,000.
 _LIMITS = {"lanes": (1, 65535), "opening": (1, 65535), "batch_log2": (4, 16), "growth": (1, 255)}
 #: Rows of the trial that the schedule is chosen by, and cells for each of its lanes.
-_TRIAL_ROWS, _TRIAL_CELLS = 16, 1024
+TRIAL_ROWS, _TRIAL_CELLS = 16, 1024
 #: Bytes of code from which on more lanes are worth their price.
 _MUCH = 200_000
 
@@ -229,7 +229,7 @@ def encode_rows(
     """
     n = len(x)
     if schedule is None:
-        schedule = choose_schedule(codec, x, condition, lanes)
+        schedule = choose_schedule(x.shape, trial(codec, x, condition), lanes)
     stack = Stack()
     for step in schedule.steps(n):
         stack.resize(step.lanes)
@@ -296,29 +296,43 @@ def decode_rows(
     return torch.cat(batches) if isinstance(batches[0], torch.Tensor) else np.concatenate(batches)
 
 
-def choose_schedule(codec: ModelCodec, x: Any, condition: Any | None = None, lanes: int | None = None) -> Schedule:
-    """Batches and lanes that suit the data: a few rows are coded on trial to see what they earn and what they borrow.
+@dataclass(frozen=True)
+class Trial:
+    """What rows cost on trial, in bits a row: what a row earns, and what it borrows from the bits below."""
+
+    earned: float
+    borrowed: float
+
+
+def trial(codec: ModelCodec, x: Any, condition: Any | None = None) -> Trial:
+    """Code a few of the rows, from all over them."""
+    n, cells = len(x), max(1, math.prod(x.shape[1:]))
+    if not n:
+        return Trial(1.0, 0.0)
+    rows = min(n, TRIAL_ROWS)
+    chosen = slice(0, n // rows * rows, n // rows)
+    stack = Stack(min(max(rows * cells // _TRIAL_CELLS, 1), 64))
+    codec.push(stack, x[chosen], None if condition is None else condition[chosen])
+    return Trial(max(stack.bits, 1.0) / rows, 32 * (stack.supplied - stack.lanes) / rows)
+
+
+def choose_schedule(shape: Sequence[int], tried: Trial, lanes: int | None = None) -> Schedule:
+    """Batches and lanes that suit rows of such an array, by what a few of them earned and borrowed.
 
     * opening: a quarter of the bits earned goes into lanes;
     * growth: a step borrows less than half of what was earned; a codec that borrows nothing doubles;
     * batch: about 2^19 cells;
     * lanes: one for 750 bytes of code, or where there are 200 kB for 500 bytes; 0.09 or 0.14 % of it; at most 4096.
     """
-    n, cells = len(x), max(1, math.prod(x.shape[1:]))
+    n, cells = shape[0], max(1, math.prod(shape[1:]))
     batch_log2 = min(max(19 - (cells - 1).bit_length(), 6), 12)
     if n == 0:
         return Schedule(lanes or 1, batch_log2=batch_log2)
-    rows = min(n, _TRIAL_ROWS)
-    chosen = slice(0, n // rows * rows, n // rows)
-    stack = Stack(min(max(rows * cells // _TRIAL_CELLS, 1), 64))
-    codec.push(stack, x[chosen], None if condition is None else condition[chosen])
-    earned = max(stack.bits, 1.0) / rows
-    borrowed = 32 * (stack.supplied - stack.lanes) / rows
     if lanes is None:
-        size = earned * n / 8
+        size = tried.earned * n / 8
         lanes = int(min(max(size / (750 if size < _MUCH else 500), 1), 4096))
-    opening = int(min(max(16 * earned / 128, 1), 65535))
-    growth = int(min(max(64 * 0.45 * earned / borrowed, 1), 64)) if borrowed > 0 else 64
+    opening = int(min(max(16 * tried.earned / 128, 1), 65535))
+    growth = int(min(max(64 * 0.45 * tried.earned / tried.borrowed, 1), 64)) if tried.borrowed > 0 else 64
     return Schedule(lanes, opening, batch_log2, growth)
 
 
