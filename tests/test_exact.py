@@ -166,6 +166,8 @@ def test_tiles_give_the_sums(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, 
     try:
         assert torch.equal(product.by("tiles", x.float()), right) and not thrown
         assert not product.passes("tiles", torch.device("cpu"))
+        product.choose(torch.device("cpu"), "tiles")
+        assert product.route == "native"
     finally:
         other.cancel()
         other.join()

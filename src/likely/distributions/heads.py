@@ -67,8 +67,7 @@ class Head(nn.Module):
             lead = context.shape[:-3]
             flat = full_precision(self.output(context.reshape(-1, *context.shape[-3:])))
             channels, height, width = self.space.shape
-            bias = self.bias.movedim(-1, 1).reshape(-1, height, width)
-            flat = flat + bias if flat.requires_grad else flat.add_(bias)
+            flat = flat + self.bias.movedim(-1, 1).reshape(-1, height, width)
             flat = flat.reshape(-1, channels, self.per_cell, height, width).movedim(2, -1)
             flat = flat.reshape(*lead, channels, height, width, self.per_cell)
         else:

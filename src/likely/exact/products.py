@@ -71,11 +71,13 @@ class _Routed(nn.Module):
         raise NotImplementedError
 
     def choose(self, device: torch.device, route: Route | None = None) -> None:
-        """Take the given route, or the first that passes the probe.
+        """Take the given route, or the first that passes the probe: also in place of tiles that may not be used now.
 
         Raises:
             Irreproducible: none passes.
         """
+        if route == "tiles" and not alone():
+            route = None
         candidates = self.routes if route not in self.routes else (route,)
         for candidate in candidates:
             if self.passes(candidate, device):

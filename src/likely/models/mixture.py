@@ -914,12 +914,18 @@ class _FullNormals(_Law):
         self.mean.copy_(torch.where(present, centres, self._centre.to(centres)))
         self.root.copy_(torch.diag(0.5 * self._prior.log()).expand_as(self.root))
 
-    # EM on complete rows: densities and moments are products of matrices with [1, z, z_i z_j], i ≤ j, z standardised.
-
     def zero(self) -> None:
         self._size = torch.zeros(len(self.mean), dtype=torch.float64, device=self.mean.device)
         self._first = torch.zeros_like(self.mean, dtype=torch.float64)
         self._second = torch.zeros_like(self.root, dtype=torch.float64)
+        self._sums: Tensor | None = None
+        if self.mean.shape[1] <= len(self.mean):  # else products of cells would take more memory than differences
+            self._expand()
+
+    # EM on complete rows: densities and moments are products of matrices with [1, z, z_i z_j], i ≤ j, z standardised.
+
+    def _expand(self) -> None:
+        """The coefficients of these products in the densities, and room for their sums."""
         dims = self.mean.shape[1]
         self._pairs = torch.triu_indices(dims, dims, device=self.mean.device)
         self._unit = self._variance.sqrt()
@@ -935,10 +941,9 @@ class _FullNormals(_Law):
         self._sums = torch.zeros_like(self._density)
 
     def joint_in_detail(self, x: Tensor, present: Tensor) -> tuple[Tensor, Any]:
-        """The logarithms of the densities, and the products of cells that they were made of; None where these would
-        lose digits, in components that are very narrow, or take more memory than the differences from the means."""
-        components, dims = self.mean.shape
-        if dims <= components and len(x) and present.all():
+        """The logarithms of the densities, and the products of cells that they were made of; None where there are none,
+        or where they would lose digits, in components that are very narrow."""
+        if self._sums is not None and len(x) and present.all():
             z = (x.double() - self._centre) / self._unit
             if float(self._density.abs().max() * z.square().max().clamp(min=1.0)) < _STEEPEST:
                 i, j = self._pairs
@@ -950,6 +955,7 @@ class _FullNormals(_Law):
         """Moments of E[y] about the current means, with the conditional covariance of the missing cells."""
         self._size += r.double().sum(0)
         if detail is not None:
+            assert self._sums is not None
             self._sums += r.double().T @ detail
             return
         complete = bool(present.all())
@@ -968,7 +974,8 @@ class _FullNormals(_Law):
                 self._second[k] += (share.unsqueeze(2) * covariance).sum(0)
 
     def maximise(self, a: float) -> None:
-        self._centre_sums()
+        if self._sums is not None:
+            self._centre_sums(self._sums)
         used = (self._size > 1e-9) | (a > 0)
         if not used.any():
             return
@@ -981,13 +988,13 @@ class _FullNormals(_Law):
         log_diagonal = torch.diag_embed(factor.diagonal(dim1=1, dim2=2).log())
         self.root[used] = (factor.tril(-1) + log_diagonal).to(self.root)
 
-    def _centre_sums(self) -> None:
+    def _centre_sums(self, sums: Tensor) -> None:
         """Add the moments that were gathered as products of cells to those about the means."""
         dims = self.mean.shape[1]
-        count, first = self._sums[:, :1], self._sums[:, 1 : 1 + dims]
+        count, first = sums[:, :1], sums[:, 1 : 1 + dims]
         i, j = self._pairs
         second = torch.zeros_like(self._second)
-        second[:, i, j] = second[:, j, i] = self._sums[:, 1 + dims :]
+        second[:, i, j] = second[:, j, i] = sums[:, 1 + dims :]
         place = self._place
         cross = first.unsqueeze(2) * place.unsqueeze(1)
         second = second - cross - cross.transpose(1, 2) + count.unsqueeze(2) * place.unsqueeze(2) * place.unsqueeze(1)

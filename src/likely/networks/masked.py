@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +126,6 @@ class MaskedMLP(nn.Module):
         self.layers = nn.ModuleList([MaskedLinear(a, b) for a, b in itertools.pairwise(steps)])
         self.context = Linear(context, hidden[0], bias=False) if context else None
         self.output = MaskedLinear(steps[-1], place * out_per_feature)
-        self._every_layer: list[Any] = [*self.layers, self.output]
         self.activation = make_activation(activation)
         if self.residual:
             for layer in self.layers[1:]:
@@ -145,6 +143,10 @@ class MaskedMLP(nn.Module):
             return None
         assert context is not None
         return self.context(context).t()
+
+    @property
+    def _every_layer(self) -> list[MaskedLinear]:
+        return [*self.layers, self.output]  # type: ignore[list-item]
 
     def weights_and_biases(self) -> list[Tensor]:
         """Of every layer, and of the output."""

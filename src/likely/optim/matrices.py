@@ -27,8 +27,6 @@ WORTH_A_TRIANGLE, STRIP = 1 << 27, 192
 #: In what an optimiser multiplies matrices: bfloat16, the ``full`` precision of its state, or bfloat16 where that is
 #: faster.
 Precision = Literal["auto", "bfloat16", "full"]
-
-
 #: Multiply-adds of a matrix and its longer side's square from which rounding it to bfloat16 pays for itself.
 WORTH_ROUNDING = 1 << 25
 
