@@ -548,22 +548,27 @@ class RestoredArrays(Restored):
         return held
 
     def _build(self) -> Any:
-        parts = list(self._kept())
+        recipe = self._recipe
+        wide = [(kind, shape[0] if shape else 1) for _, kind, shape in recipe.labels]
+        cells = _Rows(recipe.cells.dtype, recipe.form.shape, recipe.n)
+        labels = [_Rows(kind, (), recipe.n) for kind, columns in wide for _ in range(columns)]
+        extras = [_Rows(kind, shape, recipe.n) for _, kind, shape in recipe.extras]
+        for part in self._kept():
+            for held, found in zip([cells, *labels, *extras], [part[0], *part[1], *part[2]], strict=True):
+                held.add(found)
         with intact("head"):
-            return self._named(parts)
+            return self._named(cells.whole(), [held.whole() for held in labels], [held.whole() for held in extras])
 
-    def _named(self, parts: Sequence[tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]]) -> Any:
+    def _named(self, cells: np.ndarray, labels: Sequence[np.ndarray], extras: Sequence[np.ndarray]) -> Any:
         recipe, facts = self._recipe, self._recipe.facts
-        cells = [cells for cells, _, _ in parts]
-        found: dict[Any, np.ndarray] = {facts["key"]: _joined(cells, recipe.cells.dtype, recipe.form.shape)}
+        found: dict[Any, np.ndarray] = {facts["key"]: cells}
         place = 0
         for name, kind, shape in recipe.labels:
-            wide = shape[0] if shape else 1
-            columns = [_joined([labels[place + j] for _, labels, _ in parts], kind) for j in range(wide)]
+            columns = labels[place : place + (shape[0] if shape else 1)]
             found[name] = np.stack(columns, axis=1).astype(kind, copy=False) if shape else columns[0]
-            place += wide
-        for j, (name, kind, shape) in enumerate(recipe.extras):
-            found[name] = _joined([extras[j] for _, _, extras in parts], kind, shape)
+            place += len(columns)
+        for (name, _, _), held in zip(recipe.extras, extras):
+            found[name] = held
         for name, kind, shape, content in facts["fixed"]:
             held = np.frombuffer(bytes.fromhex(content), _dtype(kind, "biufcUSmMV"))
             found[name] = held.reshape([whole(size) for size in shape]).copy()
@@ -586,9 +591,31 @@ class RestoredArrays(Restored):
                 scipy_sparse("a sparse matrix").save_npz(file, value)
 
 
-def _joined(parts: Sequence[np.ndarray], dtype: np.dtype, shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Rows one after the other, in the byte order of the dtype."""
-    return np.concatenate([np.empty((0, *shape), dtype), *parts]).astype(dtype, copy=False)
+class _Rows:
+    """Rows one after the other, which come in parts that need not be kept.
+
+    Args:
+        dtype: of the rows, with its byte order.
+        shape: of a row.
+        most: how many there may be; memory is taken only for what has come, and half as much again.
+    """
+
+    def __init__(self, dtype: np.dtype, shape: tuple[int, ...], most: int) -> None:
+        self._held, self._count, self._most = np.empty((0, *shape), dtype), 0, most
+
+    def add(self, part: np.ndarray) -> None:
+        stop = self._count + len(part)
+        if stop > len(self._held):
+            self._resize(max(stop, min(3 * stop // 2, self._most)))
+        self._held[self._count : stop] = part
+        self._count = stop
+
+    def whole(self) -> np.ndarray:
+        self._resize(self._count)
+        return self._held
+
+    def _resize(self, rows: int) -> None:
+        self._held.resize((rows, *self._held.shape[1:]), refcheck=False)
 
 
 def _write_npz(file: Any, arrays: Mapping[str, np.ndarray]) -> None:
