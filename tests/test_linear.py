@@ -11,7 +11,7 @@ from likely.networks.linear import LARGE, Linear, affine_columns
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 
-LEAD, IN, OUT = (5, 20), 160, 96
+LEAD, IN, OUT = (5, 30), 160, 96
 assert LEAD[0] * LEAD[1] * IN * OUT >= LARGE
 
 
@@ -19,14 +19,14 @@ assert LEAD[0] * LEAD[1] * IN * OUT >= LARGE
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the products that went to oneDNN, on any processor."""
     made: list[tuple[int, ...]] = []
-    apply = linear._Affine.apply
+    multiply = linear._by_onednn
 
     def noted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         made.append((*x.shape, len(weight)))
-        return apply(x, weight, bias)
+        return multiply(x, weight, bias)
 
     monkeypatch.setattr(linear, "ONEDNN", True)
-    monkeypatch.setattr(linear._Affine, "apply", noted)
+    monkeypatch.setattr(linear, "_by_onednn", noted)
     return made
 
 

@@ -25,7 +25,7 @@ def _prefers_onednn() -> bool:
 #: AVX-512 MKL uses half of the vector unit.
 ONEDNN = _prefers_onednn()
 #: Multiply-adds of one product from which it does, its call being dearer by 10 µs.
-LARGE = 1 << 20
+LARGE = 1 << 21
 #: Whether it multiplies bfloat16 by tiles (AMX), an order of magnitude faster than float32.
 TILES = bool(torch.cpu._is_amx_tile_supported())
 

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from likely.networks.written import untracked
 from likely.processor import LARGE, ONEDNN
 
 #: Multiply-adds from which oneDNN is faster on columns, where PyTorch's own product adds the bias in the same pass.
-_LARGE_COLUMNS = 8 * LARGE
+_LARGE_COLUMNS = 2 * LARGE
 
 
 class Linear(nn.Linear):
@@ -97,7 +98,7 @@ class _Affine(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return _by_onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
@@ -152,4 +153,9 @@ class _AffineColumns(torch.autograd.Function):
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ."""
-    return _Affine.apply(a, b, None)
+    return _by_onednn(a, b, None) if untracked() else _Affine.apply(a, b, None)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b for x of shape ``(batch, in)``, without a graph."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
