@@ -397,3 +397,31 @@ def test_a_diverged_fit_ends_with_3(here: Path, tmp_path: Path) -> None:
     outcome = run("fit", "adult.csv", "--out", tmp_path / "x", "--steps", "30", "--learning-rate", "1e30", *SMALL)
     assert outcome.code == 3
     assert "training stopped at step" in outcome.errors and "Traceback" not in outcome.errors
+
+
+WITHOUT_PANDAS = """
+import sys
+sys.modules.update(dict.fromkeys(["pandas", "pyarrow"]))  # as if they were not installed
+from likely.cli import main
+main()
+"""
+
+
+def test_a_csv_file_needs_no_pandas_but_to_become_a_dataframe(tmp_path: Path) -> None:
+    table = "\n".join(["a,b", *(f"{i % 7},{'xyz'[i % 3]}" for i in range(60))]) + "\n"
+    (tmp_path / "t.csv").write_text(table, encoding="utf-8")
+
+    def ends(words: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_PANDAS, *words.split()], cwd=tmp_path, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    assert ends("fit t.csv --model independent --out run")[0] == 0
+    code, said = ends("evaluate run")
+    assert code == 0 and "Parquet + zstd" in said, said
+    assert ends("sample run -n 3 -o drawn.csv")[0] == 0
+    assert ends("compress run t.csv -o t.lk")[0] == 0 and ends("decompress t.lk -o again.csv --run run")[0] == 0
+    assert (tmp_path / "again.csv").read_text(encoding="utf-8") == table
+    code, said = ends("score run t.csv")
+    assert code == 1 and "a table of scores needs an optional part: pip install 'likely[tables]'" in said

@@ -17,6 +17,7 @@ A run is a folder::
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import platform
@@ -52,6 +53,7 @@ from likely.data import Dataset, Dequantise, Passes, Preprocessed, Schema, Split
 from likely.data.columns import Encoder, TextCells, Where, spell
 from likely.data.constraints import ROWS as CONSTRAINT_ROWS
 from likely.data.constraints import Constraint, find_constraints
+from likely.data.errors import pandas_for
 from likely.data.sequences import SequenceForm
 from likely.data.sources import EMBEDDED, Source, recognise
 from likely.data.tables import TableForm
@@ -372,8 +374,7 @@ class Scores:
 
     def to_frame(self) -> pd.DataFrame:
         """A DataFrame: nats, tail probability, rank, anomaly score, reasons, and the nats of each cell of a table."""
-        import pandas as pd
-
+        pd = pandas_for("a table of scores")
         data: dict[str, Any] = {"nats": self.nats, "tail_probability": self.tail, "training_rank": self.rank}
         if self.anomaly is not None:
             data |= {"anomaly": self.anomaly, "anomaly_probability": self.anomaly_tail}
@@ -964,16 +965,16 @@ class Fitted:
                 return dataset.subset(parts[name])
         raise ValueError("data: the fit held no examples out; pass the data to evaluate")
 
-    def _as_kept(self, dataset: Dataset) -> tuple[bytes | None, Any]:
-        """The examples of a table or of texts as the user keeps them: bytes of the file, and a DataFrame."""
+    def _as_kept(self, dataset: Dataset) -> tuple[bytes | None, Callable[[], Any] | None]:
+        """The examples of a table or of texts as the user keeps them: bytes of the file, and what gives a DataFrame."""
         if not isinstance(dataset.space, (Table, Tokens)):
             return None, None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "held-out"
             self.schema.write(dataset.x, path, dataset.condition)
             raw = path.read_bytes()
-        frame = self.schema.to_user(dataset.x, dataset.condition) if isinstance(dataset.space, Table) else None
-        return raw, frame
+        is_table = isinstance(dataset.space, Table)
+        return raw, functools.partial(self.schema.to_user, dataset.x, dataset.condition) if is_table else None
 
     # Values named by a user ------------------------------------------------------------------------------------
 

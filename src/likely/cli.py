@@ -569,8 +569,9 @@ def _write_array(values: np.ndarray, out: str) -> None:
     elif out.endswith(".npz"):
         np.savez_compressed(out, z=values)
     else:
-        import pandas as pd
+        from likely.data.errors import pandas_for
 
+        pd = pandas_for("a table of codes (unlike .npy and .npz)")
         flat = values.reshape(len(values), -1)
         _write_frame(pd.DataFrame(flat, columns=[f"z{j}" for j in range(1, flat.shape[1] + 1)]), out)
 

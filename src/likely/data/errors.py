@@ -53,6 +53,19 @@ def needs(extra: str, what: str) -> DataError:
     return DataError(f"{what} needs an optional part: pip install 'likely[{extra}]'")
 
 
+def pandas_for(what: str) -> Any:
+    """The library pandas.
+
+    Raises:
+        DataError: it is not installed, so ``what`` cannot be had.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise needs("tables", what) from None
+    return pandas
+
+
 def check_names(given: Mapping[str, Any], accepted: Sequence[str], what: str) -> None:
     """Refuse an option that ``what`` does not have, with the nearest one that it has."""
     for name, value in given.items():

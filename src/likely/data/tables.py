@@ -34,7 +34,7 @@ from likely.data.columns import (
 )
 from likely.data.csvfile import MISSING, CsvFile, CsvWriter, Dialect
 from likely.data.dataset import Dataset
-from likely.data.errors import DataError, check_names, needs, some
+from likely.data.errors import DataError, check_names, needs, pandas_for, some
 from likely.data.moments import DAY, SECOND
 from likely.data.sources import Source, creating
 from likely.data.store import Store, reuse
@@ -226,7 +226,7 @@ class TableForm:
 
     def to_user(self, x: Tensor, condition: Tensor | None = None) -> pd.DataFrame:
         """A DataFrame with the user's columns, dtypes and categories; columns set aside come back empty."""
-        pd = _pandas("a DataFrame")
+        pd = pandas_for("a DataFrame")
         values = self._values(x, condition)
         series = [_series(pd, column, values[column.name]) for column in self.columns]
         frame = pd.concat(series, axis=1) if series else pd.DataFrame()
@@ -266,7 +266,7 @@ class TableForm:
         if isinstance(table, CsvTable) and to_file and not parquet:
             self._complete_csv(table, places, values, absent, path)
             return None
-        pd = _pandas("a DataFrame")
+        pd = pandas_for("a DataFrame")
         if isinstance(table, FrameTable):
             frame = table.frame.copy()
         elif isinstance(table, ParquetTable):
@@ -626,7 +626,7 @@ def embedded_frame(source: Source) -> Source:
         datasets: Any = importlib.import_module("sklearn.datasets")
     except ImportError:
         raise needs("sklearn", f"the embedded set {source.name!r}") from None
-    pd = _pandas(f"the embedded set {source.name!r}")
+    pd = pandas_for(f"the embedded set {source.name!r}")
     bunch = getattr(datasets, f"load_{source.value}")()
     frame = pd.DataFrame(bunch.data, columns=list(bunch.feature_names))
     if hasattr(bunch, "target_names"):
@@ -642,14 +642,6 @@ def _label(label: Any) -> Any:
     if isinstance(label, np.generic):
         label = label.item()
     return label if isinstance(label, (str, int, float)) else str(label)
-
-
-def _pandas(what: str) -> Any:
-    try:
-        import pandas
-    except ImportError:
-        raise needs("tables", what) from None
-    return pandas
 
 
 def series_cells(series: pd.Series, name: str, where: Where, files: bool = False) -> Cells:

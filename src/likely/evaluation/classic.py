@@ -30,6 +30,7 @@ import torch
 
 from likely.contract import Binary, Counts, Integers, Space, Table, Tokens
 from likely.data.dataset import Dataset
+from likely.data.errors import DataError, pandas_for
 
 #: Longest side of a sheet of tiled images, in pixels (WebP ends at 16,383).
 SHEET = 8192
@@ -53,7 +54,11 @@ class CodecSize:
 
 
 def classic_codecs(
-    dataset: Dataset, *, raw: bytes | None = None, frame: Any = None, progress: Progress | None = None
+    dataset: Dataset,
+    *,
+    raw: bytes | None = None,
+    frame: Callable[[], Any] | None = None,
+    progress: Progress | None = None,
 ) -> list[CodecSize]:
     """Sizes that zlib, xz, bz2 and zstd, and for images PNG and WebP, need for the examples of a dataset.
 
@@ -67,7 +72,7 @@ def classic_codecs(
 
     Args:
         raw: the same examples as the user keeps them (for a table the text of its CSV file), instead of the raw form.
-        frame: the same rows as a pandas DataFrame, for Parquet.
+        frame: gives the same rows as a pandas DataFrame, for Parquet.
         progress: called with the number of codecs done and of all.
     """
     jobs = list(_jobs(dataset, raw, frame))
@@ -92,7 +97,7 @@ class _Unusable(Exception):
 Job = Callable[[], tuple[int, str]]
 
 
-def _jobs(dataset: Dataset, raw: bytes | None, frame: Any) -> Iterator[tuple[str, Job]]:
+def _jobs(dataset: Dataset, raw: bytes | None, frame: Callable[[], Any] | None) -> Iterator[tuple[str, Job]]:
     forms = [(raw, "the text of the table" if isinstance(dataset.space, Table) else "the text")] if raw else []
     values = functools.cache(lambda: _whole_numbers(dataset))
     if not forms and not isinstance(dataset.space, Table):
@@ -178,17 +183,23 @@ _STREAMS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _parquet(frame: Any) -> int:
+def _parquet(frame: Callable[[], Any] | None) -> int:
     if frame is None:
         raise _Unusable("needs the rows as a DataFrame")
     try:
         pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ImportError:
+        pandas_for("Parquet")
+    except (ImportError, DataError):
         raise _Unusable("not installed: pip install 'likely[tables]'") from None
     sink = io.BytesIO()
-    table = pyarrow.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+    table = pyarrow.Table.from_pandas(frame(), preserve_index=False).replace_schema_metadata(None)
     parquet.write_table(
-        table, sink, compression="zstd", compression_level=19, row_group_size=max(1, len(frame)), write_statistics=False
+        table,
+        sink,
+        compression="zstd",
+        compression_level=19,
+        row_group_size=max(1, table.num_rows),
+        write_statistics=False,
     )
     return len(sink.getvalue())
 

@@ -350,7 +350,7 @@ def evaluate(
     baselines: bool = True,
     classic: bool = True,
     raw: bytes | None = None,
-    frame: Any = None,
+    frame: Callable[[], Any] | None = None,
     progress: StageProgress | None = None,
 ) -> Evaluation:
     """Evaluate a model on held-out data, beside simple baselines and classic compressors on the same data.
@@ -364,7 +364,7 @@ def evaluate(
         baselines: whether to fit and evaluate the baselines.
         classic: whether to run the compressors, which only have a meaning where the data have a probability.
         raw: the held-out examples as the user keeps them (CSV text, text), for the compressors.
-        frame: the held-out rows as a pandas DataFrame, for Parquet.
+        frame: gives the held-out rows as a pandas DataFrame, for Parquet.
         progress: called with the name of the stage, the work done and the work in all.
 
     Raises:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from likely.data.columns import Encoder, TableColumn, Where
-from likely.data.errors import DataError, check_names, needs
+from likely.data.errors import DataError, check_names, needs, pandas_for
 from likely.data.originals.original import Legal, Original, Part, Restored, Rows, intact, matrix, settle, whole
 from likely.data.originals.side import Reader, Writer, damaged
 from likely.data.originals.typed import (
@@ -113,14 +113,6 @@ def _get(reader: Reader, n: int, expected: _Cells, beside: bool) -> _Cells:
 # From and to pandas -----------------------------------------------------------------------------------------------
 
 
-def _pandas() -> Any:
-    try:
-        import pandas
-    except ImportError:
-        raise needs("tables", "a DataFrame") from None
-    return pandas
-
-
 def _pack(values: Sequence[Any], what: str) -> str:
     out = Writer()
     out.number(len(values))
@@ -135,7 +127,7 @@ def _unpack(packed: str, limit: int) -> list[Any]:
 
 def _take(series: pd.Series, what: str) -> _Cells:
     """The cells of a pandas column."""
-    pd = _pandas()
+    pd = pandas_for("a DataFrame")
     dtype: Any = series.dtype
     if isinstance(dtype, pd.CategoricalDtype):
         inner = _take(pd.Series(dtype.categories), what)
@@ -170,7 +162,7 @@ def _plain(cells: _Cells) -> list[Any]:
 
 def _make(cells: _Cells) -> pd.Series:
     """The pandas column of some cells."""
-    pd = _pandas()
+    pd = pandas_for("a DataFrame")
     facts = cells.facts
     if "categories" in facts:
         categories = _index_of(facts["of"], cast(list[Any], cells.categories))
@@ -199,7 +191,7 @@ def _make(cells: _Cells) -> pd.Series:
 
 def _index_of(facts: dict[str, Any], values: list[Any]) -> Any:
     """An index of some values, of the dtype that the facts say."""
-    pd = _pandas()
+    pd = pandas_for("a DataFrame")
     if "fixed" in facts:
         return pd.Index(_make(_Cells(facts, fixed=np.array(values, dtype=np.dtype(facts["fixed"])))))
     return pd.Index(_make(_Cells(facts, objects=values)))
@@ -265,7 +257,7 @@ def digest_of(frame: pd.DataFrame, name: str = "DataFrame") -> tuple[bytes, int]
 
 def _index_frame(frame: pd.DataFrame) -> pd.DataFrame:
     """The levels of an index that is no mere count of the rows, as columns."""
-    pd = _pandas()
+    pd = pandas_for("a DataFrame")
     index = frame.index
     if type(index) is pd.RangeIndex:
         return pd.DataFrame(index=range(len(frame)))
@@ -275,7 +267,7 @@ def _index_frame(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _labels(frame: pd.DataFrame) -> dict[str, Any]:
     """Facts about the index and the labels of the columns."""
-    pd = _pandas()
+    pd = pandas_for("a DataFrame")
     index: Any = frame.index
     columns: Any = frame.columns
     out: dict[str, Any] = {"names": _pack(list(index.names), "index"), "axis": _pack(list(columns.names), "columns")}
@@ -389,7 +381,7 @@ def _read_parquet(source: Source) -> tuple[pd.DataFrame, str]:
         import pyarrow.parquet as parquet
     except ImportError:
         raise needs("tables", f"{source.name}: a Parquet file") from None
-    pd = _pandas()
+    pd = pandas_for("a DataFrame")
     table = parquet.read_table(source.path)
     frame = table.to_pandas()
     for place, label in enumerate(frame.columns):
@@ -431,7 +423,7 @@ class RestoredFrame(Restored):
         return self._frame
 
     def _build(self) -> pd.DataFrame:
-        pd = _pandas()
+        pd = pandas_for("a DataFrame")
         facts, form = self._facts, self._form
         n, limit = whole(facts["n"]), 4 * whole(facts["size"]) + (1 << 16)
         absent = form.missing if facts["absent"] is None else tuple(facts["absent"])
@@ -516,7 +508,7 @@ def _joined(sort: _Cells, parts: Sequence[_Cells]) -> _Cells:
 
 
 def _column_index(facts: Mapping[str, Any], limit: int) -> Any:
-    pd = _pandas()
+    pd = pandas_for("a DataFrame")
     names = _unpack(facts["axis"], limit)
     if isinstance(facts["columns"], list):
         return pd.RangeIndex(*facts["columns"], name=names[0])
@@ -527,7 +519,7 @@ def _column_index(facts: Mapping[str, Any], limit: int) -> Any:
 
 
 def _row_index(facts: Mapping[str, Any], levels: Sequence[Any], first: int, rows: int, limit: int) -> Any:
-    pd = _pandas()
+    pd = pandas_for("a DataFrame")
     names = _unpack(facts["names"], limit)
     if "range" in facts:
         start, _, step = facts["range"]
