@@ -348,16 +348,35 @@ def _digest_sparse(held: Any) -> tuple[bytes, int]:
 
 def _digest_arrays(arrays: Mapping[Any, np.ndarray]) -> tuple[bytes, int]:
     """Digest of arrays by name and in order: dtypes, shapes and every bit; and their bytes."""
-    digest, size = hashlib.blake2b(digest_size=16), 0
+    digest = _ArrayDigest()
     for name, array in arrays.items():
-        digest.update(repr((name, array.dtype.str, array.shape, _columns_first(array))).encode())
-        rows = max(1, _BLOCK // max(1, array[:1].nbytes)) if array.ndim else 1
-        for start in range(0, len(array), rows) if array.ndim else ():
-            digest.update(np.ascontiguousarray(array[start : start + rows]).tobytes())
+        digest.begin(name, array.dtype, array.shape, _columns_first(array))
+        digest.add(array)
+    return digest.value, sum(array.nbytes for array in arrays.values())
+
+
+class _ArrayDigest:
+    """The digest of arrays, while they come."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def begin(self, name: Any, dtype: np.dtype, shape: tuple[int, ...], columns_first: bool) -> None:
+        """The next array."""
+        self._hash.update(repr((name, dtype.str, shape, columns_first)).encode())
+
+    def add(self, array: np.ndarray) -> None:
+        """The array, or its next rows."""
         if not array.ndim:
-            digest.update(array.tobytes())
-        size += array.nbytes
-    return digest.digest(), size
+            self._hash.update(array.tobytes())
+            return
+        rows = max(1, _BLOCK // max(1, array[:1].nbytes))
+        for start in range(0, len(array), rows):
+            self._hash.update(np.ascontiguousarray(array[start : start + rows]).tobytes())
+
+    @property
+    def value(self) -> bytes:
+        return self._hash.digest()
 
 
 def _read_ends(source: Source, loaded: Loaded) -> tuple[bytes, int, np.dtype, dict[str, Any]]:
@@ -548,18 +567,31 @@ class RestoredArrays(Restored):
         return held
 
     def _build(self) -> Any:
-        recipe = self._recipe
+        recipe, facts = self._recipe, self._recipe.facts
         wide = [(kind, shape[0] if shape else 1) for _, kind, shape in recipe.labels]
         cells = _Rows(recipe.cells.dtype, recipe.form.shape, recipe.n)
         labels = [_Rows(kind, (), recipe.n) for kind, columns in wide for _ in range(columns)]
         extras = [_Rows(kind, shape, recipe.n) for _, kind, shape in recipe.extras]
+        with intact("head"):
+            single = facts["names"] == [facts["key"]] == [None] and not facts["columns first"]
+        digest = None  # of a single array it is taken while other processes still decode
+        if single and self._keep is None:
+            digest = _ArrayDigest()
+            digest.begin(None, recipe.cells.dtype, (recipe.n, *recipe.form.shape), columns_first=False)
         for part in self._kept():
-            for held, found in zip([cells, *labels, *extras], [part[0], *part[1], *part[2]], strict=True):
+            rows = cells.add(part[0])
+            if digest is not None:
+                digest.add(rows)
+            for held, found in zip([*labels, *extras], [*part[1], *part[2]], strict=True):
                 held.add(found)
         with intact("head"):
-            return self._named(cells.whole(), [held.whole() for held in labels], [held.whole() for held in extras])
+            arrays = self._named(cells.whole(), [held.whole() for held in labels], [held.whole() for held in extras])
+        self.digest = _digest_arrays(arrays)[0] if digest is None else digest.value
+        return arrays if facts["names"] != [None] else arrays[None]
 
-    def _named(self, cells: np.ndarray, labels: Sequence[np.ndarray], extras: Sequence[np.ndarray]) -> Any:
+    def _named(
+        self, cells: np.ndarray, labels: Sequence[np.ndarray], extras: Sequence[np.ndarray]
+    ) -> dict[Any, np.ndarray]:
         recipe, facts = self._recipe, self._recipe.facts
         found: dict[Any, np.ndarray] = {facts["key"]: cells}
         place = 0
@@ -574,9 +606,7 @@ class RestoredArrays(Restored):
             found[name] = held.reshape([whole(size) for size in shape]).copy()
         for name in facts["columns first"]:
             found[name] = np.asfortranarray(found[name])
-        arrays = {name: found[name] for name in facts["names"]}
-        self.digest = _digest_arrays(arrays)[0]
-        return arrays if facts["names"] != [None] else arrays[None]
+        return {name: found[name] for name in facts["names"]}
 
     def write(self, path: Path | str, digest: bytes | None = None) -> None:
         """Write .npy, or .npz for several arrays or a sparse matrix."""
@@ -603,12 +633,13 @@ class _Rows:
     def __init__(self, dtype: np.dtype, shape: tuple[int, ...], most: int) -> None:
         self._held, self._count, self._most = np.empty((0, *shape), dtype), 0, most
 
-    def add(self, part: np.ndarray) -> None:
-        stop = self._count + len(part)
-        if stop > len(self._held):
-            self._resize(max(stop, min(3 * stop // 2, self._most)))
-        self._held[self._count : stop] = part
-        self._count = stop
+    def add(self, part: np.ndarray) -> np.ndarray:
+        """Put rows behind those that are there; the rows in their place, until more are added."""
+        start, self._count = self._count, self._count + len(part)
+        if self._count > len(self._held):
+            self._resize(max(self._count, min(3 * self._count // 2, self._most)))
+        self._held[start : self._count] = part
+        return self._held[start : self._count]
 
     def whole(self) -> np.ndarray:
         self._resize(self._count)
