@@ -14,7 +14,6 @@ standardised numbers and one-hot categories, and a category is the largest of it
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import time
@@ -31,6 +30,7 @@ from sklearn.experimental import enable_iterative_imputer  # noqa: F401
 from sklearn.impute import IterativeImputer, KNNImputer
 
 import likely
+from turns import write_record
 
 RESULTS = Path(__file__).parent / "results" / "adult"
 #: The test file has a full stop after every label.
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     folder = Path(os.environ["LIKELY_DATA"]) / "tables"
@@ -79,9 +80,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
         "versions": {"likely": likely.__version__, "torch": torch.__version__, "scikit-learn": sklearn.__version__},
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(report(result))
+    write_record(arguments.out, result, report(result))
     print(report(result))
 
 

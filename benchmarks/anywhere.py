@@ -35,7 +35,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import archive_cases
 import decode_elsewhere
 from likely.exact import Irreproducible
-from turns import machine, versions
+from turns import machine, versions, write_record
 
 ROOT = Path(__file__).parent.parent
 WRITTEN = "as written"
@@ -214,9 +214,7 @@ def report(options: argparse.Namespace, rows: dict[str, Any], digests: dict[str,
     if options.out is None:
         print("\n".join(lines))
         return
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    options.out.with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
+    write_record(options.out, record, "\n".join(text))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from likely import archive, exact
 from likely.coding.bits_back import decode_rows, encode_rows
 from likely.coding.categories import TabulatedCells, edges_of
 from likely.coding.stack import Stack
-from turns import Player, machine, play, playing, versions
+from turns import Player, machine, play, playing, versions, write_record
 
 LANES, SYMBOLS = 4096, 1 << 22
 CRAYSTACK_IMAGES = 1000
@@ -399,8 +399,7 @@ def main() -> None:
 
     def keep() -> None:
         if path:
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            arguments.out.with_suffix(".md").write_text(table(record), encoding="utf-8")
+            write_record(arguments.out, record, table(record))
 
     if "coder" in arguments.parts:
         record["coder"] = coder(max(5, arguments.rounds))

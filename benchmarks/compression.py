@@ -68,7 +68,7 @@ from likely.data.originals import take_apart
 from likely.evaluation.classic import sheets
 from likely.noise import KeyedNoise
 from likely.units import bits
-from turns import machine, versions
+from turns import machine, versions, write_record
 
 PARTS = ("bound", "others", "embedded", "alone")
 SEEDS, BATCH = 8, 500
@@ -585,9 +585,7 @@ def note(out: Path, name: str, part: str, found: Any) -> None:
     case = record["cases"].setdefault(name, {})
     case[part] = found
     case.setdefault("when", {})[part] = [record["date"], archive.CODING, record["machine"]["processor"]]
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    out.with_suffix(".json").write_text(text, encoding="utf-8")
-    out.with_suffix(".md").write_text(table(record), encoding="utf-8")
+    write_record(out, record, table(record))
 
 
 def recorded(out: Path) -> dict[str, Any]:

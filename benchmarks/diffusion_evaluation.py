@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -39,6 +38,7 @@ from likely.models.vdm import VDM
 from likely.noise import StreamNoise
 from likely.training import train
 from likely.units import bits_per_dim
+from turns import write_record
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 EVALUATIONS = (4, 8, 16, 32, 64, 128)
@@ -187,8 +187,7 @@ def main() -> None:
     }
     print(table(result))
     if arguments.out is not None and not dry:
-        arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        arguments.out.with_suffix(".md").write_text(table(result), encoding="utf-8")
+        write_record(arguments.out, result, table(result))
 
 
 if __name__ == "__main__":

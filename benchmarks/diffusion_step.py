@@ -16,7 +16,6 @@ alike.  ``PYTHON`` is the interpreter of an environment with torch, diffusers an
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from turns import Turns, machine, play, playing, versions
+from turns import Turns, machine, play, playing, versions, write_record
 
 BATCH, SIZE, WIDTH, SCALES, DEPTH, GROUPS = 16, 32, 64, (1, 2), 2, 16
 RIVALS = {
@@ -232,8 +231,7 @@ def main() -> None:
     }
     print(table(result))
     if arguments.out:
-        arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(table(result))
+        write_record(arguments.out, result, table(result))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ from likely.exact.profiles import PROFILES
 from likely.models.vae import VAE
 from likely.noise import KeyedNoise, content_keys
 from likely.training import train
-from turns import machine, versions
+from turns import machine, versions, write_record
 
 BATCH = 256
 
@@ -291,8 +291,7 @@ def main() -> None:
         record |= {"where_losses": here, "steps": arguments.steps}
     print(table(record))
     if path:
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        arguments.out.with_suffix(".md").write_text(table(record), encoding="utf-8")
+        write_record(arguments.out, record, table(record))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
 import platform
@@ -38,6 +37,7 @@ from likely.evaluation.heldout import evaluating
 from likely.noise import StreamNoise
 from likely.training import train
 from likely.units import bits_per_dim
+from turns import write_record
 
 #: Model and training options by data set and family.
 CASES: dict[str, dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
@@ -217,8 +217,7 @@ def main() -> None:
     print(table(result))
     if arguments.out is not None:
         picture = arguments.out.with_suffix(".png")
-        arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        arguments.out.with_suffix(".md").write_text(table(result, picture.name), encoding="utf-8")
+        write_record(arguments.out, result, table(result, picture.name))
         write_sheet(torch.cat(pictures).numpy(), picture, across=SAMPLES[1])
 
 

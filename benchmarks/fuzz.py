@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import tempfile
 from collections import Counter
@@ -26,7 +25,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 import archive_cases
 import fuzz_container
-from turns import machine, versions
+from turns import machine, versions, write_record
 
 MEMORY, SECONDS, PART = 256 << 20, 60.0, 100
 #: Of each hundred mutants; files that decode quickly get more.
@@ -119,9 +118,7 @@ def report(
         f"`{command}`; {record['machine']}; {record['versions']}; {record['date']}.",
         "",
     ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    options.out.with_suffix(".md").write_text("\n".join(text), encoding="utf-8")
+    write_record(options.out, record, "\n".join(text))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ installed in an environment of its own under --workdir.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from turns import Turns, machine, play, playing, versions
+from turns import Turns, machine, play, playing, versions, write_record
 
 LEVELS, SHAPE = 3, (3, 32, 32)
 RIVALS = {
@@ -217,8 +216,7 @@ def main() -> None:
     text = table(results)
     print(text)
     if arguments.out is not None:
-        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(text)
+        write_record(arguments.out, results, text)
     shutil.rmtree(arguments.workdir / "logs", ignore_errors=True)
 
 

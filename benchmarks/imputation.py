@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--options", type=json.loads, default=OPTIONS, help="of the model and its training, as JSON")
     parser.add_argument("--dry-run", action="store_true", help="one small table, few steps; nothing is written")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = tables(Path(os.environ["LIKELY_DATA"]))
@@ -244,7 +245,7 @@ def main() -> None:
         "machine": machine(),
         "versions": {"likely": likely.__version__, "scikit-learn": sklearn.__version__, **versions()},
     }
-    write_record(RESULTS, result, report(result))
+    write_record(arguments.out, result, report(result))
 
 
 def report(result: dict[str, Any]) -> str:

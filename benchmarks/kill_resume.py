@@ -34,6 +34,7 @@ from likely.data.dataset import Dataset
 from likely.models.vae import VAE
 from likely.training import train
 from likely.training.checkpoints import Checkpoints
+from turns import write_record
 
 RESULTS = Path(__file__).parent / "results" / "kill_resume"
 #: Kills of one run; then it may finish.
@@ -117,6 +118,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     kills = runs = differing = torn = 0
@@ -176,12 +178,10 @@ def record(arguments: argparse.Namespace, result: dict[str, int], said: str) -> 
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
         "versions": {"likely": likely.__version__, "torch": torch.__version__},
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.with_suffix(".json").write_text(json.dumps({**result, **about}, indent=1) + "\n")
     page = (
         f"# Killed and resumed\n\n{said}.\n\n`{command}`; {about['machine']}; {about['versions']}; {about['date']}.\n"
     )
-    RESULTS.with_suffix(".md").write_text(page)
+    write_record(arguments.out, {**result, **about}, page)
 
 
 if __name__ == "__main__":

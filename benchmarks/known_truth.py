@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 
 import likely
+from turns import write_record
 
 RESULTS = Path(__file__).parent / "results" / "known_truth"
 NETWORKS = ("asia", "sachs", "child", "ecoli70")
@@ -121,6 +122,7 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="of the model and its training, as JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="asia alone, few steps; nothing is written")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(os.environ["LIKELY_DATA"]) / "bayesnets"
@@ -149,8 +151,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared, one thread",
         "versions": {"likely": likely.__version__, "torch": torch.__version__},
     }
-    RESULTS.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(report(result))
+    write_record(arguments.out, result, report(result))
 
 
 if __name__ == "__main__":

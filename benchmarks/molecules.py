@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import os
 import platform
 import shlex
@@ -35,6 +34,7 @@ from likely.training import train
 from likely.units import bits
 from text import TRAINING as OF_TEXT
 from text import compressors, seconds_per_step
+from turns import write_record
 
 MODEL: dict[str, Any] = {"width": 128, "layers": 4, "ngrams": (2, 3), "ngram_bits": 12}
 TRAINING: dict[str, Any] = {**OF_TEXT, "batch_size": 32, "progress": False}
@@ -130,9 +130,8 @@ def main() -> None:
             "training": TRAINING,
         }
         content = {**about, "rivals": rivals, "transformer": ours, "examples": drawn[:20]}
-        arguments.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
         foot = ["", f"`{about['command']}`: {about['machine']}, {about['date']}.  Versions: {about['versions']}.", ""]
-        arguments.out.with_suffix(".md").write_text("\n".join(table + foot))
+        write_record(arguments.out, content, "\n".join(table + foot))
 
 
 if __name__ == "__main__":

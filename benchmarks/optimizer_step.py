@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from turns import Turns, machine, play, playing, versions
+from turns import Turns, machine, play, playing, versions, write_record
 
 INTERVAL = 10
 #: Elements of a tensor that every optimiser's process makes and frees first, as a training step does its activations:
@@ -303,9 +303,7 @@ def main() -> None:
             rows = measure(network, names, arguments.rounds, arguments.threads, pythons, logs)
             record["networks"][network] = rows
             if arguments.out:
-                arguments.out.parent.mkdir(exist_ok=True)
-                arguments.out.with_suffix(".json").write_text(json.dumps(record) + "\n")
-                arguments.out.with_suffix(".md").write_text(report(record))
+                write_record(arguments.out, record, report(record))
     print(report(record))
 
 

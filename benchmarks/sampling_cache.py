@@ -9,7 +9,6 @@ same sequences from the same noise; that is checked, in float64.  They take turn
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shlex
@@ -26,6 +25,7 @@ import likely
 from likely.contract import Tokens
 from likely.models.transformer import Transformer
 from likely.noise import KeyedNoise
+from turns import write_record
 
 
 def with_cache(model: Transformer, n: int) -> Tensor:
@@ -90,8 +90,7 @@ def main() -> None:
             "date": datetime.now(UTC).date().isoformat(),
         }
         foot = ["", f"`{about['command']}`: {about['machine']}, {about['date']}.  Versions: {about['versions']}.", ""]
-        arguments.out.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text("\n".join(lines + foot))
+        write_record(arguments.out, {**about, "rows": rows}, "\n".join(lines + foot))
 
 
 if __name__ == "__main__":

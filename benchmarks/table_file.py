@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import likely
+from turns import write_record
 
 RESULTS = Path(__file__).parent / "results" / "table_file"
 #: The test file has a full stop after every label.
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default=OPTIONS, help="of the model and its training, as JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="few steps; nothing is written")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(os.environ["LIKELY_DATA"]) / "tables"
@@ -80,8 +82,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared, one thread",
         "versions": {"likely": likely.__version__, "torch": torch.__version__},
     }
-    RESULTS.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(report(result))
+    write_record(arguments.out, result, report(result))
 
 
 def report(result: dict[str, Any]) -> str:

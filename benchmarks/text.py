@@ -41,6 +41,7 @@ from likely.evaluation.sequences import running_nats
 from likely.models.transformer import Transformer
 from likely.training import load_weights, train
 from likely.units import bits
+from turns import write_record
 
 LENGTH, STRIDE = 256, 64
 MODEL: dict[str, Any] = {"width": 128, "layers": 4, "dropout": 0.1, "ngrams": (2, 3, 4), "ngram_bits": 15}
@@ -205,9 +206,8 @@ def main() -> None:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "versions": {"likely": likely.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
-        arguments.out.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
         foot = ["", f"`{about['command']}`: {about['machine']}, {about['date']}.  Versions: {about['versions']}.", ""]
-        arguments.out.with_suffix(".md").write_text("\n".join(lines + foot))
+        write_record(arguments.out, {**about, "rows": rows}, "\n".join(lines + foot))
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ def machine() -> dict[str, Any]:
 def write_record(out: Path, record: dict[str, Any], table: str) -> None:
     """Write what was measured to ``OUT.json``, and the table to ``OUT.md``; the folder is made."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_name(out.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
-    out.with_name(out.name + ".md").write_text(table)
+    out.with_name(out.name + ".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    out.with_name(out.name + ".md").write_text(table, encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
