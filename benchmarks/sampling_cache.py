@@ -9,8 +9,6 @@ same sequences from the same noise; that is checked, in float64.  They take turn
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shlex
 import statistics
 import sys
@@ -25,7 +23,7 @@ import likely
 from likely.contract import Tokens
 from likely.models.transformer import Transformer
 from likely.noise import KeyedNoise
-from turns import write_record
+from turns import machine, versions, write_record
 
 
 def with_cache(model: Transformer, n: int) -> Tensor:
@@ -85,11 +83,13 @@ def main() -> None:
     if arguments.out is not None:
         about = {
             "command": shlex.join(["python", "benchmarks/sampling_cache.py", *sys.argv[1:]]),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {"likely": likely.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "machine": machine(),
+            "versions": {"likely": likely.__version__, **versions()},
             "date": datetime.now(UTC).date().isoformat(),
         }
-        foot = ["", f"`{about['command']}`: {about['machine']}, {about['date']}.  Versions: {about['versions']}.", ""]
+        where, numbers = about["machine"], ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        said = f"`{about['command']}`: {where['processor']}, {where['cores']} cores, load {where['load']}, {about['date']}; {numbers}."
+        foot = ["", said, ""]
         write_record(arguments.out, {**about, "rows": rows}, "\n".join(lines + foot))
 
 
