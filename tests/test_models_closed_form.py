@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,12 +27,14 @@ from likely.contract import (
     Tokens,
     Unsupported,
 )
+from likely.data import Dataset, Preprocessed, Standardise
 from likely.distributions.grid_normal import cell_moments, log_cell_mass
 from likely.models import build, describe, find, mixture, names
 from likely.models.gaussian import Gaussian
 from likely.models.independent import Independent, concentration, smooth
 from likely.models.mixture import Mixture
 from likely.noise import StreamNoise
+from likely.training import TrainOptions, train
 
 MIXED = Table(
     columns=(
@@ -345,6 +348,25 @@ def test_gaussian_imputations_have_the_conditional_law() -> None:
         error = np.sqrt(np.diag(covariance) / 4000)
         assert np.all(np.abs(drawn[:, [0, 2]].mean(0) - mean[[0, 2]] - gain * (110 - mean[1])) < 4 * error)
         assert np.cov(drawn[:, [0, 2]].T) == pytest.approx(covariance, rel=0.15, abs=0.05 * covariance.max())
+
+
+@pytest.mark.parametrize("build", [Gaussian, Mixture, lambda space: Preprocessed(Gaussian(space), Standardise())])
+def test_em_ends_where_the_report_says_so(build: Any) -> None:
+    """With what it has, which is a model like any other; `train` says so when the budget is used up."""
+    x = holed(torch.as_tensor(np.random.default_rng(9).normal(size=(300, 3))), 0.2)
+    space = Reals((3,), missing=True)
+    heard: list[int] = []
+
+    def report(step: int, nats: float) -> bool:
+        heard.append(step)
+        return math.isfinite(nats)
+
+    model = build(space)
+    model.estimate(fed(x), report)
+    assert heard[-1] == 2 and model.bound(x).nats.isfinite().all()
+    data = Dataset(space, x)
+    result = train(build(space), data, data, TrainOptions(budget=1e-9), progress=False)
+    assert math.isfinite(result.valid["nats"]) and result.stopped == "closed form"
 
 
 @pytest.mark.parametrize("rank", [None, 2])

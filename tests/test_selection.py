@@ -64,9 +64,11 @@ def test_closed_form_wins_where_it_is_best_and_larger_ones_that_lose_end_their_f
 def test_slow_closed_forms_leave_a_quarter_to_models_that_train(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(selection, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    given: dict[str, float | None] = {}
 
     def trainer(model: str, train_set: Any, valid_set: Any, options: TrainOptions, progress: bool) -> Any:
         clock.now += 55.0 if model == "gaussian" else options.budget or 0.0
+        given[model] = options.budget
         return SimpleNamespace(valid={"nats": -9.0 if model == "gaussian" else -8.0})
 
     candidates = [Candidate("gaussian"), Candidate("made"), Candidate("vae")]
@@ -79,7 +81,10 @@ def test_slow_closed_forms_leave_a_quarter_to_models_that_train(monkeypatch: pyt
         trainer=trainer,  # type: ignore
     )
     assert chosen.candidate.name != "gaussian"
-    assert sum(trial.length or 0.0 for trial in chosen.trials) <= 15.0
+    assert given["gaussian"] == 15.0  # which EM keeps to, if not this trainer
+    assert sum(trial.length or 0.0 for trial in chosen.trials if trial.model != "gaussian") <= 15.0
+    choose(candidates[:1], lambda name, _: name, DATA, DATA, TrainOptions(budget=60.0), trainer=trainer)  # type: ignore
+    assert given["gaussian"] is None  # nothing is taken from others
 
 
 def test_what_is_not_defined_is_passed_over() -> None:

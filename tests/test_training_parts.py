@@ -3,14 +3,18 @@
 import errno
 import json
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+import likely
 import likely.training.checkpoints as files
 import likely.training.order as order_module
-from likely.training import TrainOptions, load_weights, save_weights
+from likely import api
+from likely.memory import free_memory
+from likely.training import TrainOptions, load_weights, save_weights, stepper
 from likely.training.checkpoints import Checkpoint, Checkpoints, Log, flatten, load_tensors, save_tensors, unflatten
 from likely.training.optimizers import OPTIMIZERS, make_optimizer
 from likely.training.order import Order
@@ -293,3 +297,24 @@ def test_log_is_cut_back_and_keeps_lines_it_could_not_write(tmp_path):
     (tmp_path / "away").rename(path)
     again.write({"step": 4})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3, 4]
+
+
+def test_what_cannot_fit_into_memory_is_refused_before_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the number of weights before a model is made, and by what two examples keep for the gradients of a batch."""
+    images = torch.zeros(40, 4, 4, dtype=torch.uint8)
+    asked: list[int] = []
+    foreseen = api._foresee_memory
+    monkeypatch.setattr(api, "_foresee_memory", lambda name, construct: (asked.append(1), foreseen(name, construct)))
+    monkeypatch.setattr(api, "_LARGE_EXAMPLE", 16)
+    options = {"hidden": (64,), "latent_dim": 2, "steps": 2, "batch_size": 32, "progress": False}
+    fitted = likely.fit(images, "vae", **options)
+    assert asked and fitted.record["state"] == "finished"
+    size = sum(4 * p.numel() for p in fitted.model.parameters())
+    for module, free, words in ((api, 5 * size - 1, "weights with gradients"), (stepper, 4 * size, "a batch of 32")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "free_memory", lambda device, free=free: free)
+            with pytest.raises(MemoryError, match=words):
+                likely.fit(images, "vae", **options)
+    assert free_memory(torch.device("meta")) is None
+    if sys.platform == "linux":
+        assert 1 << 20 < (free_memory(torch.device("cpu")) or 0) < 1 << 50

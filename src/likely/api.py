@@ -62,6 +62,7 @@ from likely.evaluation import Evaluation, column_nats, evaluate, held_out, inter
 from likely.evaluation.anomaly import AnomalyScale
 from likely.evaluation.heldout import ExampleNoise, default_batch_size, device_batches, evaluating
 from likely.evaluation.synthetic import Measure, compare_samples, pair_scores
+from likely.memory import TRAINED_COPIES, check_training_memory, free_memory
 from likely.noise import KeyedNoise, Noise, TemperedNoise
 from likely.training import TrainOptions, TrainResult, load_weights, save_weights, train
 from likely.training.checkpoints import load_tensors, save_tensors, write_atomically
@@ -73,6 +74,8 @@ if TYPE_CHECKING:
     from likely.archive import Sizes
     from likely.coding.container import Limits
 
+#: Cells of an example from which on a model is first built without memory, to see whether it fits.
+_LARGE_EXAMPLE = 1 << 15
 #: Version of a run's folder.
 FORMAT = 1
 #: Examples of the held-out and of the training set each whose nats are kept with the run.
@@ -262,19 +265,37 @@ def build_model(
     """
     cls = models.find(name)
     check_options(cls, dict(options or {}))
+    if condition is not None and not cls.conditional:
+        able = ", ".join(other for other in models.names() if models.find(other).conditional)
+        raise Unsupported(f"given: model {name!r} takes no condition; models that do: {able}")
+    arguments = (condition,) if cls.conditional else ()
+    construct: Callable[[], Model]
+    if isinstance(space, cls.spaces):
+        construct = functools.partial(cls, space, *arguments, **dict(options or {}))
+    elif Reals in cls.spaces and isinstance(space, (Binary, Integers, Counts)):
+
+        def construct() -> Model:
+            return Preprocessed(cls(Reals(space.shape), *arguments, **dict(options or {})), Dequantise(space))
+    else:
+        able = ", ".join(other for other in models.names() if isinstance(space, models.find(other).spaces))
+        raise Unsupported(f"model: {name!r} is not defined on {type(space).__name__} data; models that are: {able}")
     with torch.random.fork_rng(devices=[]):
+        if space.dims >= _LARGE_EXAMPLE and not cls.closed_form:
+            _foresee_memory(name, construct)
         torch.manual_seed(seed)
-        if condition is not None and not cls.conditional:
-            able = ", ".join(other for other in models.names() if models.find(other).conditional)
-            raise Unsupported(f"given: model {name!r} takes no condition; models that do: {able}")
-        arguments = (space, condition) if cls.conditional else (space,)
-        if isinstance(space, cls.spaces):
-            return cls(*arguments, **dict(options or {}))
-        if Reals in cls.spaces and isinstance(space, (Binary, Integers, Counts)):
-            inner = cls(Reals(space.shape), *arguments[1:], **dict(options or {}))
-            return Preprocessed(inner, Dequantise(space))
-    able = ", ".join(other for other in models.names() if isinstance(space, models.find(other).spaces))
-    raise Unsupported(f"model: {name!r} is not defined on {type(space).__name__} data; models that are: {able}")
+        return construct()
+
+
+def _foresee_memory(name: str, construct: Callable[[], Model]) -> None:
+    """Refuse a model whose weights could be made but not be trained, before memory is taken for them."""
+    free = free_memory(torch.device("cpu"))
+    try:
+        with torch.device("meta"):
+            parameters = list(construct().parameters())
+    except (RuntimeError, NotImplementedError):  # it computes with its weights
+        return
+    if free is not None:
+        check_training_memory(name, parameters, TRAINED_COPIES + 1, free)
 
 
 def _choose(
@@ -311,7 +332,8 @@ def _choose(
     )
     best = choice.candidate
     chosen = {**best.options, **best.training, **options}
-    if not best.closed_form and not {"steps", "epochs"} & set(options):
+    limited = not best.closed_form or options.get("budget") is not None
+    if limited and not {"steps", "epochs"} & set(options):
         whole = options.get("budget") or DEFAULT_BUDGET
         chosen["budget"] = max(whole - choice.seconds, whole / 4)
     return best.name, chosen, choice.trials

@@ -376,6 +376,8 @@ class Unsupported(ValueError):
 
 #: A re-iterable of ``(x, condition)`` batches: every ``iter()`` is one pass over the training data.
 Batches = Iterable[tuple[Tensor, Tensor | None]]
+#: Hears the number of a pass and the mean nats per example; says whether the time is up.
+Report = Callable[[int, float], bool | None]
 
 
 class Model(nn.Module):
@@ -485,11 +487,12 @@ class Model(nn.Module):
     def initialise(self, batches: Batches) -> None:
         """Set whatever depends on the data before training starts (scalings, biases).  Default: nothing."""
 
-    def estimate(self, batches: Batches, report: Callable[[int, float], None] | None = None) -> None:
+    def estimate(self, batches: Batches, report: Report | None = None) -> None:
         """Fit a ``closed_form`` model to the data, in as many passes as it needs.
 
         Args:
-            report: called after each pass with its number and the mean nats per example, if known.
+            report: called after each pass with its number and the mean nats per example, if known; where it returns
+                true, the fit ends with what it has.
         """
         raise NotImplementedError
 

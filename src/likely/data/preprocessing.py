@@ -16,7 +16,7 @@ Missing cells stay missing and add nothing.  The arithmetic is float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -31,6 +31,7 @@ from likely.contract import (
     Loss,
     Model,
     Reals,
+    Report,
     Space,
     Table,
     Unsupported,
@@ -427,13 +428,13 @@ class Preprocessed(Model):
         self._fit(batches)
         self.model.initialise(_Transformed(self, batches))
 
-    def estimate(self, batches: Batches, report: Callable[[int, float], None] | None = None) -> None:
+    def estimate(self, batches: Batches, report: Report | None = None) -> None:
         self._fit(batches)
         transformed = _Transformed(self, batches)
 
-        def shifted(number: int, nats: float) -> None:
+        def shifted(number: int, nats: float) -> bool | None:
             assert report is not None
-            report(number, nats + transformed.mean_log_det)
+            return report(number, nats + transformed.mean_log_det)
 
         self.model.estimate(transformed, None if report is None else shifted)
 

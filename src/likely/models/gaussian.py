@@ -54,6 +54,7 @@ from likely.contract import (
     Kind,
     Model,
     Reals,
+    Report,
     Space,
     Table,
     Tokens,
@@ -308,7 +309,7 @@ class Gaussian(Model):
     # ------------------------------------------------------------------------------------------------- the fit
 
     @torch.no_grad()
-    def estimate(self, batches: Batches, report: Callable[[int, float], None] | None = None) -> None:
+    def estimate(self, batches: Batches, report: Report | None = None) -> None:
         """Closed form for complete data, EM where cells are missing; memory does not grow with the examples."""
         if self.beside is not None:
             self.beside.estimate((x[:, self._coded], None) for x, _ in batches)
@@ -390,16 +391,14 @@ class Gaussian(Model):
         self.coefficients.copy_(b)
         return n, rescale
 
-    def _estimate_with_holes(
-        self, batches: Batches, floor: Tensor, report: Callable[[int, float], None] | None
-    ) -> None:
+    def _estimate_with_holes(self, batches: Batches, floor: Tensor, report: Report | None) -> None:
         """EM over the missing cells (and z), from the available cells' means and variances."""
         self.law.reset()
         previous = -math.inf
         for step in range(self.passes):
             nats = self._expectation_maximisation(batches, floor, first=step == 0)
-            if report is not None:
-                report(step + 2, nats)
+            if report is not None and report(step + 2, nats):
+                break
             if abs(nats - previous) < 1e-6 * max(1.0, self.dims):
                 break
             previous = nats
@@ -411,10 +410,9 @@ class Gaussian(Model):
         total, n = 0.0, 0
         for x, condition in batches:
             r, present = self._residual(x, condition)
-            nats = self.law.log_density(r, present, v) + present.double() @ jacobian
-            total, n = total + float(nats.sum()), n + len(x)
             f = self.features(condition, len(x))
-            statistics.add(r, present, f, f @ self.coefficients.T, v)
+            nats = statistics.add(r, present, f, f @ self.coefficients.T, v) + present.double() @ jacobian
+            total, n = total + float(nats.sum()), n + len(x)
         self.coefficients.copy_(statistics.maximise(floor, self.shrinkage))
         return total / n
 
@@ -641,7 +639,7 @@ class _Factor(nn.Module):
         added: Tensor,
         n: int,
         passes: int,
-        report: Callable[[int, float], None] | None,
+        report: Report | None,
     ) -> None:
         """Leading eigenvectors without the covariance: subspace iteration with Rayleigh-Ritz steps, one pass each.
 
@@ -661,8 +659,8 @@ class _Factor(nn.Module):
                 squares = squares + r.square().sum() / n
             ritz, vectors = torch.linalg.eigh(q.T @ image)
             self._set(ritz.flip(0), q @ vectors.flip(1), squares)
-            if report is not None:
-                report(step + 3, math.nan)
+            if report is not None and report(step + 3, math.nan):
+                break
             gained = float(ritz.flip(0)[:k].sum())
             if gained - captured < 1e-5 * gained:
                 break
@@ -777,24 +775,31 @@ class _FullStatistics:
         like = law.cholesky if isinstance(law, _Full) else law.weights
         dims = len(like)
         self.sigma = law.covariance() if isinstance(law, _Full) else torch.eye(dims).to(like)
-        self.complete = law if isinstance(law, _Full) else _Full(dims).to(like.device)
         self.n = 0
         self.second = torch.zeros_like(self.sigma)
         self.cross = like.new_zeros((dims, features))
         self.gram = like.new_zeros((features, features))
         self.fourth = like.new_zeros(())
 
-    def add(self, r: Tensor, present: Tensor, f: Tensor, mean: Tensor, v: Tensor) -> None:
-        """One batch: residuals, which cells are present, features, current means B f(c), variances of the noise."""
-        filled = self.complete.expected(r, present)
-        spread = r.new_zeros(len(r))
-        for rows, precision, _, mask in patterns(self.sigma, present):
+    def add(self, r: Tensor, present: Tensor, f: Tensor, mean: Tensor, v: Tensor) -> Tensor:
+        """One batch: residuals, which cells are present, features, current means B f(c), variances of the noise.
+
+        Returns E log N(r + noise; 0, Σ) of the cells that are present, under the law before: shape ``(batch,)``.
+        """
+        filled, nats, spread = torch.empty_like(r), r.new_empty(len(r)), r.new_zeros(len(r))
+        noisy = bool((v > 0).any())
+        for rows, precision, log_det, mask in patterns(self.sigma, present):
+            pulled = torch.einsum("bij,bj->bi", precision.expand(len(rows), -1, -1), r[rows])
+            penalty = precision.diagonal(dim1=1, dim2=2) @ v
+            nats[rows] = -0.5 * (mask.sum(1) * _LOG_2PI + log_det + (r[rows] * pulled).sum(1) + penalty)
             pull = precision @ self.sigma  # transposed regression of all cells on the present ones
             hidden = (1.0 - mask).unsqueeze(1) * (1.0 - mask).unsqueeze(2)
-            covariance = (self.sigma - self.sigma @ pull) * hidden + pull.transpose(1, 2) @ (v.unsqueeze(1) * pull)
+            covariance = (self.sigma - self.sigma @ pull) * hidden
+            if noisy:
+                covariance = covariance + pull.transpose(1, 2) @ (v.unsqueeze(1) * pull)
             weight = len(rows) if len(covariance) == 1 else 1
             self.second += covariance.sum(0) * weight
-            row = filled[rows]
+            filled[rows] = row = torch.where(present[rows], r[rows], pulled @ self.sigma)
             trace = covariance.diagonal(dim1=1, dim2=2).sum(1)
             bend = torch.einsum("bi,bij,bj->b", row, covariance.expand(len(row), -1, -1), row)
             spread[rows] = (row.square().sum(1) + trace).square() + 4.0 * bend + 2.0 * covariance.square().sum((1, 2))
@@ -804,6 +809,7 @@ class _FullStatistics:
         self.cross += y.T @ f
         self.gram += f.T @ f
         self.fourth += spread.sum()
+        return nats
 
     def maximise(self, floor: Tensor, shrinkage: float | None) -> Tensor:
         """Set the law; return B."""
@@ -831,8 +837,8 @@ class _FactorStatistics:
         self.squares = law.weights.new_zeros(dims)
         self.count = law.weights.new_zeros(dims)
 
-    def add(self, r: Tensor, present: Tensor, f: Tensor, mean: Tensor, v: Tensor) -> None:
-        """One batch; arguments as for :meth:`_FullStatistics.add`."""
+    def add(self, r: Tensor, present: Tensor, f: Tensor, mean: Tensor, v: Tensor) -> Tensor:
+        """One batch, as :meth:`_FullStatistics.add`."""
         law, k, size = self.law, self.k, self.second.shape[1]
         holes = not bool(present.all())
         for rows, mask, m in law._posterior(present):
@@ -852,6 +858,7 @@ class _FactorStatistics:
             self.cross[:, :k] += noisy
             self.squares += (shown * (y.square() + v)).sum(0)
             self.count += shown.sum(0)
+        return law.log_density(r, present, v)
 
     def maximise(self, floor: Tensor, shrinkage: float | None) -> Tensor:
         """Set W and σ²; return B."""

@@ -35,7 +35,7 @@ One pass.  Arithmetic is float64; the numbers belong to the raw data.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,6 +50,7 @@ from likely.contract import (
     Integers,
     Model,
     Reals,
+    Report,
     Space,
     Table,
     Tokens,
@@ -202,7 +203,7 @@ class Independent(Model):
             laws.update(zip(columns, marginal.staircases(lattice)))
         return Staircases([laws[j] for j in range(self.space.dims)])
 
-    def estimate(self, batches: Batches, report: Callable[[int, float], None] | None = None) -> None:
+    def estimate(self, batches: Batches, report: Report | None = None) -> None:
         """One pass over the data; memory does not grow with the number of examples."""
         for _, marginal in self._laws():
             marginal.start()

@@ -37,7 +37,7 @@ gradients as the prior of a latent-variable model.  Untrained it is K spread com
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -53,6 +53,7 @@ from likely.contract import (
     Integers,
     Model,
     Reals,
+    Report,
     Space,
     Table,
     Tokens,
@@ -277,7 +278,7 @@ class Mixture(Model):
     # ------------------------------------------------------------------------------------------------- the fit
 
     @torch.no_grad()
-    def estimate(self, batches: Batches, report: Callable[[int, float], None] | None = None) -> None:
+    def estimate(self, batches: Batches, report: Report | None = None) -> None:
         """EM until an iteration gains less than ``tolerance``; memory does not grow with the examples."""
         sample = self._look(batches)
         pieces = [sample[i : i + 1024] for i in range(0, len(sample), 1024)]
@@ -296,8 +297,8 @@ class Mixture(Model):
         before = -math.inf
         for step in range(self.passes):
             value, nats = self.iterate(x for x, _ in batches)
-            if report is not None:
-                report(step + 2, nats)
+            if report is not None and report(step + 2, nats):
+                break
             if value - before < self.tolerance * self.space.dims:
                 break
             before = value

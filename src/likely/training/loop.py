@@ -256,12 +256,14 @@ class Run:
             self._call("on_start")
             self._display.message(f"estimating {self.model.name()} from {len(self._train_set):,} examples")
 
-            def report(number: int, nats: float | None = None) -> None:
+            def report(number: int, nats: float | None = None) -> bool:
                 record: dict[str, Any] = {"pass": number}
                 if nats is not None and math.isfinite(nats):
                     record["nats"] = nats
                     self._display.message(f"pass {number}: {describe_nats(nats, self.model.space)} on the training set")
                 self._write(record)
+                late = self.options.budget is not None and self._seconds() > self.options.budget
+                return bool(self.processes.from_first(late))
 
             self.model.estimate(self._passes(), report)
             self._stop = "closed form"
@@ -286,6 +288,7 @@ class Run:
         stepper = self._stepper
         checkpoint = self._read_checkpoint() if resume else None
         if checkpoint is None:
+            stepper.check_memory()
             stepper.seed_initialisation()
             self._initialise()
             stepper.start()

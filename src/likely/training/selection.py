@@ -59,7 +59,7 @@ class Trial:
         model: its name.
         options: its options.
         nats: held-out nats per example, or None where the model is not defined on the data.
-        length: seconds (or steps) that it was trained for; None in closed form.
+        length: seconds (or steps) that it was given; None for a closed form without a limit.
         seconds: how long it took.
     """
 
@@ -189,13 +189,16 @@ def choose(
             said = "not defined here" if nats is None else f"{nats:.3f} nats held out"
             report(f"{candidate}: {said} ({seconds:.1f} s)")
 
-    # 1. closed forms, until they have taken a quarter of the time; a larger one that is worse ends its family
+    # 1. closed forms, until they have taken a quarter of the time; a larger one that is worse ends its family.  EM ends
+    #    with that time too, but not where there is nothing else: then the choice is the same on any machine
     previous: dict[str, float] = {}
+    hurried = not by_steps and not all(candidate.closed_form for candidate in candidates)
     for candidate in (c for c in candidates if c.closed_form):
-        late = not by_steps and time.monotonic() - started > whole / 4
+        left = whole / 4 - (time.monotonic() - started)
+        late = not by_steps and left < 0
         if candidate.name in previous and (late or previous[candidate.name] < _best(standing)):
             continue
-        attempt(candidate, None)
+        attempt(candidate, max(left, LEAST_SECONDS) if hurried else None)
         previous[candidate.name] = trials[-1].nats if trials[-1].nats is not None else -float("inf")
     closed = list(standing)
 

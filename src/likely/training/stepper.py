@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from likely.contract import Model
 from likely.data.dataset import Dataset
+from likely.memory import TRAINED_COPIES, check_training_memory, free_memory
 from likely.noise import Noise, StreamNoise
 from likely.optim.averaging import Average, ScheduleFree, power
 from likely.optim.clipping import clip_by_global_norm
@@ -28,6 +29,8 @@ from likely.training.options import TrainOptions
 from likely.training.processes import LossModule, Processes
 from likely.training.seeds import DROPOUT, INITIALISE, NOISE, Seeds
 
+#: Bytes that a model keeps for gradients for each cell of a batch, from which on it is suspected of taking all memory.
+_SUSPECT = 2000
 LossFunction = Callable[[Tensor, Tensor | None, Noise, int], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -75,6 +78,10 @@ class Stepper:
             )
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.feeder = Feeder(data, options.seed, self.device)
+        self._cells = data.space.dims
+        self._autocast = options.precision == "bfloat16" or (
+            options.precision == "auto" and multiplies_bfloat16(self.device)
+        )
         self._noise_seeds = Seeds(options.seed, NOISE)
         self._dropout_seeds = Seeds(options.seed, DROPOUT + 16 * processes.rank)
         self._generator = torch.Generator(self.device)
@@ -93,13 +100,44 @@ class Stepper:
             self.loss = DistributedDataParallel(LossModule(self.model), device_ids=ids, find_unused_parameters=unused)
         if options.compile:
             self.loss = CompiledLoss(self.loss, self.model)
-        self._autocast = options.precision == "bfloat16" or (
-            options.precision == "auto" and multiplies_bfloat16(self.device)
-        )
         if options.schedule_free:
             self.schedule_free = ScheduleFree(self.optimizer)
         elif options.average:
             self.averages = Average(self.parameters, power(options.average_fraction, options.average_half_life))
+
+    def check_memory(self) -> None:
+        """Refuse a model or a batch that cannot fit into memory, before the system would end the process for it.
+
+        What a batch keeps for its gradients is judged by two examples, if these are large.
+
+        Raises:
+            MemoryError: more is needed than is free.
+        """
+        free = free_memory(self.device)
+        if free is None:
+            return
+        kept, batch = 0, max(stop - start for start, stop in self._pieces)
+        if self._cells * batch * _SUSPECT > free:
+            check_training_memory(self.model.name(), self.parameters, TRAINED_COPIES, free)
+            kept = self._kept_for_gradients(min(2, batch)) * batch // min(2, batch)
+        check_training_memory(self.model.name(), self.parameters, TRAINED_COPIES, free, kept, batch)
+
+    def _kept_for_gradients(self, examples: int) -> int:
+        """Bytes that the loss of some examples keeps for its gradients."""
+        kept = {p.untyped_storage().data_ptr(): 0 for p in self.parameters}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept.setdefault(storage.data_ptr(), storage.nbytes())
+            return tensor
+
+        self._seed_dropout(self._dropout_seeds(0))
+        x, condition, noise = self._batch(0, 0, examples)
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with buffers_kept(self.model), hooks, self._precision():
+            loss = self.model.loss(x, condition, noise, 0)  # alive until all is counted
+        del loss
+        return sum(kept.values())
 
     def _unused_parameters(self) -> bool:
         """Whether the loss of the first batch leaves some parameters without a gradient."""
@@ -135,10 +173,7 @@ class Stepper:
         """Add the gradient of one piece of the batch of a step."""
         start, stop = self._pieces[number]
         x, condition, noise = self._batch(step, start, stop, number)
-        if self._autocast:
-            with torch.autocast(self.device.type, torch.bfloat16):
-                value, log = self.loss(x, condition, noise, step)
-        else:
+        with self._precision():
             value, log = self.loss(x, condition, noise, step)
         share = (stop - start) / self.batch_size
         weight = share * self.processes.count  # the processes' gradients are averaged
@@ -146,6 +181,9 @@ class Stepper:
         self._add("loss", value.detach(), share)
         for name, scalar in log.items():
             self._add(name, scalar, share)
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._autocast else contextlib.nullcontext()
 
     def _batch(self, step: int, start: int, stop: int, piece: int = 0) -> tuple[Tensor, Tensor | None, StreamNoise]:
         """Examples ``start:stop`` of the batch of a step, and their noise."""
