@@ -226,6 +226,15 @@ def test_number_formats_come_back(tmp_path):
     assert [float(line.split(",")[3]) for line in lines[1:]] == [1e-3, 2.5e10, 3]
 
 
+def test_numbers_near_the_least_of_float64(tmp_path):
+    file = tmp_path / "small.csv"
+    values = [f"{v}.25e-305" for v in range(1, 31)]
+    file.write_text("a\n" + "\n".join(values) + "\n")
+    schema = infer_schema(file)
+    assert schema.space.columns[0].kind == "real" and schema.space.columns[0].resolution is None
+    assert schema.read(file).x[:, 0].tolist() == [float(v) for v in values]
+
+
 def test_empty_lines_are_no_rows_but_in_one_column_they_are_cells(tmp_path):
     two = write(tmp_path / "a.csv", "a,b\n1,2\n\n3,4\n\n")
     assert len(infer_schema(two).read(two)) == 2

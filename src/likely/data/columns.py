@@ -629,10 +629,9 @@ class Summary:
                 notes.append(f"all are multiples of {self.divisor}; resolution = {self.divisor} if that is the grid")
             return
         base["kind"] = "real"
-        steps = (self.high - self.low) * 10.0**most
         if "resolution" in said:
             return
-        if not self.shortest and steps <= MOST_STEPS and most <= 15:
+        if not self.shortest and most <= 15 and (self.high - self.low) * 10.0**most <= MOST_STEPS:
             base["resolution"] = float(f"1e-{most}")
         else:
             if most + len(str(int(max(abs(self.low), abs(self.high))))) > 15:
