@@ -359,6 +359,19 @@ def test_tables_are_compressed_as_their_text_and_as_parquet():
     assert without["Parquet + zstd"].bytes is None
 
 
+def test_names_that_come_twice_and_sparse_columns_are_sized_as_parquet():
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow.parquet")
+    values = np.arange(80) % 3
+    plain = pandas.DataFrame({"a": values, "b": values / 4})
+    data = Dataset(TABLE, torch.zeros(80, 3, dtype=torch.float64))
+    expected = sizes(data, frame=lambda: plain)["Parquet + zstd"].bytes
+    twice = plain.set_axis(["a", "a"], axis=1)
+    sparse = plain.assign(a=pandas.arrays.SparseArray(values))
+    assert abs(sizes(data, frame=lambda: twice)["Parquet + zstd"].bytes - expected) < 16
+    assert sizes(data, frame=lambda: sparse)["Parquet + zstd"].bytes == expected
+
+
 def test_a_codec_that_is_not_installed_says_so(monkeypatch):
     real = importlib.import_module
 

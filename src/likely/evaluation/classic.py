@@ -192,7 +192,13 @@ def _parquet(frame: Callable[[], Any] | None) -> int:
     except (ImportError, DataError):
         raise _Unusable("not installed: pip install 'likely[tables]'") from None
     sink = io.BytesIO()
-    table = pyarrow.Table.from_pandas(frame(), preserve_index=False).replace_schema_metadata(None)
+    rows = frame()
+    names = [str(name) for name in rows.columns]  # the same name twice is good Parquet, but from_pandas refuses it
+    places = rows.set_axis([str(place) for place in range(len(names))], axis=1)
+    for place, dtype in places.dtypes.items():
+        if hasattr(dtype, "fill_value"):  # a sparse column, of which Parquet knows nothing
+            places[place] = places[place].sparse.to_dense()
+    table = pyarrow.Table.from_pandas(places, preserve_index=False).replace_schema_metadata(None).rename_columns(names)
     parquet.write_table(
         table,
         sink,
