@@ -37,8 +37,13 @@ def code_length_bits(log_prob_nats: Number) -> Number:
 
     >>> code_length_bits(math.log(1 / 256))
     8.0
+
+    What is certain costs 0 bits, not -0:
+
+    >>> code_length_bits(0.0)
+    0.0
     """
-    return -bits(log_prob_nats)  # type: ignore[operator, return-value]
+    return 0.0 - bits(log_prob_nats)  # type: ignore[operator, return-value]
 
 
 def bits_per_dim(log_prob_nats: Number, dims: int) -> Number:
