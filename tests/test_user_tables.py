@@ -105,6 +105,15 @@ def test_frames_keep_dtypes_labels_and_order() -> None:
     pd.testing.assert_frame_equal(filled.iloc[5:], frame.iloc[5:])
 
 
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("bins", [[-5.0, -0.25, 0.5, 5.0], [-5, 0, 5]])
+def test_intervals_come_back_as_intervals(bins: list[float], right: bool) -> None:
+    x = np.round(np.random.default_rng(0).normal(size=N), 2)
+    frame = pd.DataFrame({"bin": pd.cut(x, bins, right=right), "x": x})
+    drawn = infer_schema(frame).to_user(infer_schema(frame).read(frame).x)
+    pd.testing.assert_series_equal(drawn["bin"], frame["bin"])
+
+
 @pytest.mark.parametrize(
     ("cell", "comma", "plain"),
     [

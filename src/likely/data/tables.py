@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -759,7 +760,12 @@ def _from_spelling(pd: Any, categories: Sequence[str], dtype: str) -> Any:
     if dtype in ("bool", "boolean", "object:bool") or dtype.startswith("bool"):
         return [category.lower() == "true" for category in categories]
     kind = dtype.lower()
-    if kind.startswith(("int", "uint")) or kind == "object:int":
+    if kind.startswith(("interval[int", "interval[uint", "interval[float")):
+        number = float if kind.startswith("interval[float") else int
+        ends = [tuple(number(end) for end in category[1:-1].split(",")) for category in categories]
+        held = pd.api.types.pandas_dtype(dtype)
+        return pd.IntervalIndex.from_tuples(ends, closed=held.closed, dtype=held)
+    if re.match(r"u?int\d", kind) or kind == "object:int":
         return [int(float(category)) for category in categories]
     if kind.startswith(("float", "double")) or kind == "object:float":
         return [float(category) for category in categories]
