@@ -274,3 +274,9 @@ def test_every_model_saves_and_loads(model: str, tmp_path) -> None:  # type: ign
     assert np.array_equal(again.score_samples(digits), fitted.score_samples(digits))
     assert not list(tmp_path.rglob("*.pkl"))
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_messages_name_the_model_behind_its_transforms(capsys: pytest.CaptureFixture[str]) -> None:
+    images = torch.randint(0, 8, (60, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    fitted = likely.fit(images, "glow", steps=1, batch_size=16, progress=True)
+    assert "training glow (" in capsys.readouterr().err and repr(fitted).startswith("<Fitted glow over")

@@ -424,7 +424,7 @@ class Fitted:
         self._data: tuple[Dataset, Mapping[str, Tensor]] | None = None
 
     def __repr__(self) -> str:
-        return f"<Fitted {self.model.name()} over {type(self.schema.space).__name__}{self.schema.space.shape}>"
+        return f"<Fitted {self.model.title()} over {type(self.schema.space).__name__}{self.schema.space.shape}>"
 
     # Numbers -------------------------------------------------------------------------------------------------
 

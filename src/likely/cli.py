@@ -620,7 +620,7 @@ def _conclude(fitted: Fitted, run: str, as_json: bool) -> None:
     if as_json:
         _print_json(fitted.info())
     else:
-        click.echo(f"{fitted.model.name()} in {run}: held out {_held_out(fitted)}")
+        click.echo(f"{fitted.model.title()} in {run}: held out {_held_out(fitted)}")
         _say(f"next: likely evaluate {run}; likely report {run} -o report.html")
 
 

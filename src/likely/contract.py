@@ -433,6 +433,10 @@ class Model(nn.Module):
         """The model's name on the command line: the name of its file."""
         return cls.__module__.rpartition(".")[2]
 
+    def title(self) -> str:
+        """What messages call this model: its name, behind transforms that of the model there."""
+        return self.name()
+
     @classmethod
     def options(cls) -> dict[str, inspect.Parameter]:
         """The options of the constructor, beside ``space`` and ``condition``: by name, with their defaults."""

@@ -424,6 +424,9 @@ class Preprocessed(Model):
     def sample(self, n: int, condition: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         return self.inverse(self.model.sample(n, condition, noise))
 
+    def title(self) -> str:
+        return self.model.title()
+
     def initialise(self, batches: Batches) -> None:
         self._fit(batches)
         self.model.initialise(_Transformed(self, batches))

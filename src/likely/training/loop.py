@@ -254,7 +254,7 @@ class Run:
             self._initialise()
             self._log.start()
             self._call("on_start")
-            self._display.message(f"estimating {self.model.name()} from {len(self._train_set):,} examples")
+            self._display.message(f"estimating {self.model.title()} from {len(self._train_set):,} examples")
 
             def report(number: int, nats: float | None = None) -> bool:
                 record: dict[str, Any] = {"pass": number}
@@ -309,7 +309,7 @@ class Run:
         if checkpoint is None:
             number = sum(p.numel() for p in stepper.parameters)
             self._display.message(
-                f"training {self.model.name()} ({number:,} parameters) on {len(self._train_set):,} examples: "
+                f"training {self.model.title()} ({number:,} parameters) on {len(self._train_set):,} examples: "
                 f"{self.total_steps:,} steps of {stepper.batch_size} on {place}"
             )
             self._evaluate()

@@ -66,7 +66,7 @@ class Stepper:
         self._pieces = list(itertools.pairwise(cuts))
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
-            raise ValueError(f"model {model.name()!r} has no parameters to train")
+            raise ValueError(f"model {model.title()!r} has no parameters to train")
         if make_custom_optimizer is not None:
             self.optimizer = make_custom_optimizer(parameter_groups(model, options.weight_decay))
         else:
@@ -118,9 +118,9 @@ class Stepper:
             return
         kept, batch = 0, max(stop - start for start, stop in self._pieces)
         if self._cells * batch * _SUSPECT > free:
-            check_training_memory(self.model.name(), self.parameters, TRAINED_COPIES, free)
+            check_training_memory(self.model.title(), self.parameters, TRAINED_COPIES, free)
             kept = self._kept_for_gradients(min(2, batch)) * batch // min(2, batch)
-        check_training_memory(self.model.name(), self.parameters, TRAINED_COPIES, free, kept, batch)
+        check_training_memory(self.model.title(), self.parameters, TRAINED_COPIES, free, kept, batch)
 
     def _kept_for_gradients(self, examples: int) -> int:
         """Bytes that the loss of some examples keeps for its gradients."""
