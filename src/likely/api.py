@@ -66,6 +66,7 @@ from likely.memory import TRAINED_COPIES, check_training_memory, free_memory
 from likely.noise import KeyedNoise, Noise, TemperedNoise
 from likely.training import TrainOptions, TrainResult, load_weights, save_weights, train
 from likely.training.checkpoints import load_tensors, save_tensors, write_atomically
+from likely.training.processes import resolve_device
 from likely.training.selection import DEFAULT_BUDGET, Candidate, Trial, choose, shortlist
 
 if TYPE_CHECKING:
@@ -263,19 +264,16 @@ def build_model(
     Raises:
         Unsupported: the model is not defined on the space or takes no condition; the message names models that fit.
     """
-    cls = models.find(name)
-    check_options(cls, dict(options or {}))
+    cls, own = models.find(name), dict(options or {})
+    check_options(cls, own)
     if condition is not None and not cls.conditional:
         able = ", ".join(other for other in models.names() if models.find(other).conditional)
         raise Unsupported(f"given: model {name!r} takes no condition; models that do: {able}")
-    arguments = (condition,) if cls.conditional else ()
-    construct: Callable[[], Model]
+    given = (condition,) if cls.conditional else ()
     if isinstance(space, cls.spaces):
-        construct = functools.partial(cls, space, *arguments, **dict(options or {}))
+        construct = functools.partial(cls, space, *given, **own)
     elif Reals in cls.spaces and isinstance(space, (Binary, Integers, Counts)):
-
-        def construct() -> Model:
-            return Preprocessed(cls(Reals(space.shape), *arguments, **dict(options or {})), Dequantise(space))
+        construct = functools.partial(_dequantised, cls, space, *given, **own)
     else:
         able = ", ".join(other for other in models.names() if isinstance(space, models.find(other).spaces))
         raise Unsupported(f"model: {name!r} is not defined on {type(space).__name__} data; models that are: {able}")
@@ -286,16 +284,22 @@ def build_model(
         return construct()
 
 
+def _dequantised(cls: type[Model], space: Any, *given: Any, **options: Any) -> Model:
+    """A model of densities behind dequantisation."""
+    return Preprocessed(cls(Reals(space.shape), *given, **options), Dequantise(space))
+
+
 def _foresee_memory(name: str, construct: Callable[[], Model]) -> None:
     """Refuse a model whose weights could be made but not be trained, before memory is taken for them."""
     free = free_memory(torch.device("cpu"))
+    if free is None or resolve_device("auto").type != "cpu":  # elsewhere it is asked where the training is
+        return
     try:
         with torch.device("meta"):
             parameters = list(construct().parameters())
-    except (RuntimeError, NotImplementedError):  # it computes with its weights
+    except RuntimeError:  # it computes with its weights
         return
-    if free is not None:
-        check_training_memory(name, parameters, TRAINED_COPIES + 1, free)
+    check_training_memory(name, parameters, 1 + TRAINED_COPIES, free)
 
 
 def _choose(

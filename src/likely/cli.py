@@ -111,10 +111,8 @@ def _explain(error: Exception) -> int:
     if isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ == "NoCodec":
         _complain(f"error: {error}")
         return FAULT
-    if isinstance(error, MemoryError) and str(error):  # foreseen
-        _complain(f"error: {error}")
-        return FAULT
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # PyTorch's
+    if isinstance(error, MemoryError) or out_of_memory:
         _complain(f"error: out of memory; use a smaller --batch-size ({error})")
         return FAULT
     traceback.print_exception(error)

@@ -37,6 +37,10 @@ def keep_memory() -> None:
             library.mallopt(parameter, value)
 
 
+class TooLittleMemory(MemoryError, ValueError):
+    """What was asked for needs more memory than is free; the message says how much, and what to do."""
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that may still be taken on a device, before the system ends this process; None where that is not known."""
     if device.type == "cuda":
@@ -70,13 +74,14 @@ def check_training_memory(
         kept: bytes that a batch of ``batch`` examples keeps for its gradients.
 
     Raises:
-        MemoryError: more is needed than is free; the message says what to do.
+        TooLittleMemory: more is needed than is free.
     """
     need = copies * sum(p.numel() * p.element_size() for p in parameters)
     if need + kept <= free:
         return
-    number, of_batch = sum(p.numel() for p in parameters), f", a batch of {batch} {spoken(kept)}" if kept else ""
-    raise MemoryError(
+    number = sum(p.numel() for p in parameters)
+    of_batch = f", a batch of {batch} {spoken(kept)}" if kept else ""
+    raise TooLittleMemory(
         f"model {model!r} is too large to be trained here: {number:,} weights with gradients, moments and the best so "
         f"far take {spoken(need)}{of_batch}, and {spoken(free)} of memory are free; take smaller examples (images: "
         f"--size), a smaller network, or smaller batches (batch_size, or accumulate, which leaves the result as it is)"

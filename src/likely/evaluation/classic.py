@@ -30,7 +30,6 @@ import torch
 
 from likely.contract import Binary, Counts, Integers, Space, Table, Tokens
 from likely.data.dataset import Dataset
-from likely.data.errors import DataError, pandas_for
 
 #: Longest side of a sheet of tiled images, in pixels (WebP ends at 16,383).
 SHEET = 8192
@@ -188,8 +187,8 @@ def _parquet(frame: Callable[[], Any] | None) -> int:
         raise _Unusable("needs the rows as a DataFrame")
     try:
         pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-        pandas_for("Parquet")
-    except (ImportError, DataError):
+        importlib.import_module("pandas")
+    except ImportError:
         raise _Unusable("not installed: pip install 'likely[tables]'") from None
     sink = io.BytesIO()
     rows = frame()

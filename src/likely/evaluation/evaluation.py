@@ -378,7 +378,7 @@ def evaluate(
     held = held_out(model, dataset, seed=seed, batch_size=batch_size, progress=stage("held-out bound"))
     importance, importance_note = None, ""
     if samples is not None and held.kind == "exact":
-        importance_note = f"no importance-weighted bound: the likelihood of {model.name()!r} is exact"
+        importance_note = f"no importance-weighted bound: the likelihood of {model.title()!r} is exact"
     elif samples is not None:
         try:
             importance = importance_weighted(model, dataset, samples, seed=seed, progress=stage("importance samples"))

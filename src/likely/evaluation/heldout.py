@@ -86,7 +86,7 @@ def held_out(
         for start, x, condition in device_batches(dataset, batch_size, device):
             bound = model.bound(x, condition, ExampleNoise(seed, x, condition))
             if columns and list(bound.parts) != names:
-                raise ValueError(f"{model.name()}: expected the parts {names} in every batch, got {list(bound.parts)}")
+                raise ValueError(f"{model.title()}: expected the parts {names} in every batch, got {list(bound.parts)}")
             names = list(bound.parts)
             values = torch.stack([part.detach().cpu().double() for part in bound.parts.values()], 1)
             check_finite(values, names, start)

@@ -138,7 +138,7 @@ def importance_weighted(
     if samples < 1:
         raise ValueError(f"samples: expected at least 1, got {samples}")
     if not model.can("log_weights"):
-        raise Unsupported(f"model {model.name()!r} has no importance weights (it has no latent variables to sample)")
+        raise Unsupported(f"model {model.title()!r} has no importance weights (it has no latent variables to sample)")
     check_spaces(model, dataset)
     chunk = min(samples, chunk or max(1, min(CHUNK, CHUNK_CELLS // dataset.space.dims)))
     nats: list[Tensor] = []
@@ -154,7 +154,7 @@ def importance_weighted(
                 log_weights = model.log_weights(x, condition, size, noise)  # type: ignore[operator]
                 if tuple(log_weights.shape) != (len(x), size):
                     expected, got = (len(x), size), tuple(log_weights.shape)
-                    raise ValueError(f"log_weights: expected shape {expected} of model {model.name()!r}, got {got}")
+                    raise ValueError(f"log_weights: expected shape {expected} of model {model.title()!r}, got {got}")
                 _check_weights(log_weights, start)
                 running.add(log_weights)
                 if progress is not None:

@@ -135,4 +135,4 @@ def move_along(
 def _hold_able(model: Model, *abilities: str) -> None:
     for ability in abilities:
         if not model.can(ability):
-            raise Unsupported(f"model {model.name()!r} has no latent variables to {ability}")
+            raise Unsupported(f"model {model.title()!r} has no latent variables to {ability}")

@@ -51,7 +51,7 @@ def column_nats(
         FloatingPointError: a value is not finite; the message names the row and the cell.
     """
     if not model.can("column_nats"):
-        raise Unsupported(f"model {model.name()!r} cannot tell what each column adds to the likelihood")
+        raise Unsupported(f"model {model.title()!r} cannot tell what each column adds to the likelihood")
     check_spaces(model, dataset)
     columns = getattr(dataset.space, "columns", None)
     rows: list[Tensor] = []

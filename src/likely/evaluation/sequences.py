@@ -34,7 +34,7 @@ def running_nats(model: Model, text: Tensor, stride: int, condition: Tensor | No
     """
     space = model.space
     if not isinstance(space, Tokens) or not getattr(model, "causal", False):
-        raise ValueError(f"model: expected one that predicts tokens from left to right, got {model.name()!r}")
+        raise ValueError(f"model: expected one that predicts tokens from left to right, got {model.title()!r}")
     length = space.length
     if not 1 <= stride <= length:
         raise ValueError(f"stride: expected 1 to {length}, got {stride}")

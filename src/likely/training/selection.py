@@ -15,6 +15,7 @@ from typing import Any
 
 from likely.contract import Model, Reals, Space, Table, Unsupported
 from likely.data.dataset import Dataset
+from likely.memory import TooLittleMemory
 from likely.models import find, names
 from likely.training.loop import train
 from likely.training.options import DEFAULT_STEPS, TrainOptions
@@ -58,8 +59,8 @@ class Trial:
     Args:
         model: its name.
         options: its options.
-        nats: held-out nats per example, or None where the model is not defined on the data.
-        length: seconds (or steps) that it was given; None for a closed form without a limit.
+        nats: held-out nats per example, or None where the model is not defined on the data, or too large for memory.
+        length: seconds (or steps) that it was trained for; None in closed form.
         seconds: how long it took.
     """
 
@@ -179,14 +180,15 @@ def choose(
             model = build(candidate.name, candidate.options)
             result = trainer(model, train_set, valid_set, options.with_changes(**changes), progress=False)
             nats = result.valid["nats"]
-        except (Unsupported, FloatingPointError):
+        except (Unsupported, FloatingPointError, TooLittleMemory):
             pass
         seconds = time.monotonic() - begun
-        trials.append(Trial(candidate.name, dict(candidate.options), nats, length, round(seconds, 3)))
+        trained = None if candidate.closed_form else length
+        trials.append(Trial(candidate.name, dict(candidate.options), nats, trained, round(seconds, 3)))
         if nats is not None:
             standing.append((nats, candidate))
         if report is not None:
-            said = "not defined here" if nats is None else f"{nats:.3f} nats held out"
+            said = "not possible here" if nats is None else f"{nats:.3f} nats held out"
             report(f"{candidate}: {said} ({seconds:.1f} s)")
 
     # 1. closed forms, until they have taken a quarter of the time; a larger one that is worse ends its family.  EM ends

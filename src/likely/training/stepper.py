@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -111,16 +112,17 @@ class Stepper:
         What a batch keeps for its gradients is judged by two examples, if these are large.
 
         Raises:
-            MemoryError: more is needed than is free.
+            TooLittleMemory: more is needed than is free.
         """
         free = free_memory(self.device)
         if free is None:
             return
-        kept, batch = 0, max(stop - start for start, stop in self._pieces)
+        check = functools.partial(check_training_memory, self.model.title(), self.parameters, TRAINED_COPIES, free)
+        check()
+        batch = max(stop - start for start, stop in self._pieces)
         if self._cells * batch * _SUSPECT > free:
-            check_training_memory(self.model.title(), self.parameters, TRAINED_COPIES, free)
-            kept = self._kept_for_gradients(min(2, batch)) * batch // min(2, batch)
-        check_training_memory(self.model.title(), self.parameters, TRAINED_COPIES, free, kept, batch)
+            some = min(2, batch)
+            check(self._kept_for_gradients(some) * batch // some, batch)
 
     def _kept_for_gradients(self, examples: int) -> int:
         """Bytes that the loss of some examples keeps for its gradients."""
